@@ -1,0 +1,116 @@
+"""castore: git for training state.
+
+A content-addressed, incremental checkpoint store. Names are loaded on first use, so that `import castore` costs little and
+never imports torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from castore.api import Repository, init, load, save
+    from castore.api import open_ as open  # noqa: A004  castore.open, as in gzip.open
+    from castore.errors import (
+        AmbiguousRefError,
+        CastoreError,
+        ChecksumError,
+        ChunkMissingError,
+        CodecError,
+        ConflictError,
+        DamageError,
+        FormatError,
+        InvalidNameError,
+        LeaseError,
+        MissingExtraError,
+        NoSpaceError,
+        NotFoundError,
+        PartialLoadError,
+        PathNotFoundError,
+        PickleRefusedError,
+        RefError,
+        RefExistsError,
+        RepositoryAccessError,
+        RepositoryError,
+        RepositoryExistsError,
+        RepositoryNotFoundError,
+        SnapshotGoneError,
+        StateMismatchError,
+        StorageError,
+        UnknownClassError,
+        UnknownRefError,
+        UnsupportedFormatError,
+        UnsupportedLeafError,
+        UsageError,
+    )
+    from castore.refs import Ref
+    from castore.snapshots import Leaf, Snapshot
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Leaf": "castore.snapshots",
+    "Ref": "castore.refs",
+    "Repository": "castore.api",
+    "Snapshot": "castore.snapshots",
+    "init": "castore.api",
+    "load": "castore.api",
+    "open": "castore.api",
+    "save": "castore.api",
+}
+
+__all__ = [
+    "AmbiguousRefError",
+    "CastoreError",
+    "ChecksumError",
+    "ChunkMissingError",
+    "CodecError",
+    "ConflictError",
+    "DamageError",
+    "FormatError",
+    "InvalidNameError",
+    "Leaf",
+    "LeaseError",
+    "MissingExtraError",
+    "NoSpaceError",
+    "NotFoundError",
+    "PartialLoadError",
+    "PathNotFoundError",
+    "PickleRefusedError",
+    "Ref",
+    "RefError",
+    "RefExistsError",
+    "Repository",
+    "RepositoryAccessError",
+    "RepositoryError",
+    "RepositoryExistsError",
+    "RepositoryNotFoundError",
+    "Snapshot",
+    "SnapshotGoneError",
+    "StateMismatchError",
+    "StorageError",
+    "UnknownClassError",
+    "UnknownRefError",
+    "UnsupportedFormatError",
+    "UnsupportedLeafError",
+    "UsageError",
+    "__version__",
+    "init",
+    "load",
+    "open",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'castore' has no attribute {name!r}")
+    home = import_module(_HOMES.get(name, "castore.errors"))
+    value = getattr(home, "open_" if name == "open" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,312 @@
+"""The public repository object: each method is one operation, carried out by a function of checkpoint/ or maintenance/.
+
+    repo = castore.open("runs/store", create=True)
+    snap = repo.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, step=100)
+    state = repo.load("main")
+
+Thread-safe; a context manager; pickles as its path; may be open many times in one process and across fork.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from castore.errors import RepositoryNotFoundError
+from castore.options import Compression, HashName, RepositoryOptions
+from castore.repository import Handle, create, open_repository
+from castore.ids import SnapshotId
+from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
+from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+PathLike = str | os.PathLike[str]
+
+
+class Repository:
+    """A repository on this machine. Get one from `castore.init` or `castore.open`."""
+
+    def __init__(self, path: PathLike, handle: Handle) -> None:
+        self._path = Path(path).absolute()
+        self._handle = handle
+
+    # ---- the life of the object --------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The repository's directory."""
+        return self._path
+
+    @property
+    def options(self) -> RepositoryOptions:
+        """What was chosen when the repository was created."""
+        return self._handle.config.options
+
+    @property
+    def handle(self) -> Handle:
+        """The wired pieces, for tools that work below this API (`castore.maintenance`, the command line)."""
+        return self._handle
+
+    def close(self) -> None:
+        """Close files and the index. Using the object again opens them again."""
+        self._handle.close()
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"castore.open({str(self._path)!r})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open_, (str(self._path),))
+
+    # ---- save and load -------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        state: Any,
+        *,
+        branch: str = "main",
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        message: str = "",
+        tags: Sequence[str] = (),
+        parent: str | None = None,
+        allow_pickle: bool = False,
+        progress: Progress | None = None,
+    ) -> Snapshot:
+        """Save a training state as a new snapshot and move the branch to it.
+
+        Args:
+            state: any nesting of dict, list, tuple, namedtuple, dataclass and OrderedDict around tensors, arrays, numbers,
+                text, bytes and None. It is read in place, not copied, and must not change until this returns.
+            branch: made when it does not exist.
+            metrics: numbers to choose snapshots by. metadata: any JSON. tags: names that must be free.
+            parent: a ref to continue from, whatever the branch's head is now. By default the save continues the head that
+                this object last saved, loaded or found, and raises ConflictError when somebody moved it since.
+            allow_pickle: store values without a typed encoding as pickles; loading them needs allow_pickle too.
+
+        Blocks until the snapshot is durable. Raises UnsupportedLeafError, UsageError, ConflictError (the snapshot is kept
+        as an orphan), RefExistsError, NoSpaceError, StorageError; after any of them the branch is where it was.
+        """
+        from castore.checkpoint.save import SaveRequest, save
+
+        request = SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
+        snapshot = save(self._handle, state, request, progress=progress)
+        return self._bound(snapshot)
+
+    def load(
+        self,
+        ref: str = "main",
+        *,
+        paths: Sequence[str] | None = None,
+        into: Any = None,
+        strict: bool = True,
+        device: Any = None,
+        verify: bool = True,
+        allow_pickle: bool = False,
+        classes: Mapping[str, type] | None = None,
+        missing_classes: Literal["error", "dict"] = "error",
+        progress: Progress | None = None,
+    ) -> Any:
+        """Load a state, bit for bit.
+
+        Args:
+            paths: globs of leaf paths (`model/encoder.*/**`); the rest is neither read nor returned, and a list, tuple,
+                namedtuple or dataclass that lost an item comes back as a dict.
+            into: a live state whose tensors and arrays are filled in place, after every path, shape and dtype was compared.
+                Other values are replaced where their container is mutable. The returned state holds the live tensors.
+            strict: with `into`, whether leaves that only one side has are an error; False loads what both have.
+            device: where tensors go; by default to the CPU. `into` tensors stay where they are.
+            verify: recompute every chunk id (default). False still compares the checksums of stored bytes.
+            classes, missing_classes: namedtuples and dataclasses are never imported: they must be loaded already, or be
+                given as {"module:Name": cls}, or are returned as dicts with missing_classes="dict".
+
+        Raises UnknownRefError, PathNotFoundError, StateMismatchError (nothing touched), PickleRefusedError,
+        UnknownClassError, DamageError, or with `into` PartialLoadError, which names the leaves already overwritten.
+        """
+        from castore.checkpoint.load import LoadRequest, load
+
+        request = LoadRequest(
+            tuple(paths) if paths is not None else None, strict, device, verify, allow_pickle, classes, missing_classes
+        )
+        snapshot_id = self._resolve(ref)
+        return load(self._handle, snapshot_id, request, into=into, progress=progress)
+
+    def read(self, ref: str, path: str, *, rows: slice | None = None, verify: bool = True, allow_pickle: bool = False) -> Any:
+        """One leaf of a snapshot, or a range of rows along its first axis; reads only the chunks that hold it.
+
+        `path` is the leaf's path as `castore show` prints it. `rows` takes a slice with step 1 and works as in numpy.
+        Raises UnknownRefError, PathNotFoundError (with near matches), UsageError, DamageError.
+        """
+        from castore.checkpoint.load import read_leaf
+
+        return read_leaf(
+            self._handle, resolve(self._handle.backend, ref), path, rows=rows, verify=verify, allow_pickle=allow_pickle
+        )
+
+    # ---- history -------------------------------------------------------------------------------------------------
+
+    def snapshot(self, ref: str = "main") -> Snapshot:
+        """The snapshot that a ref means. Raises UnknownRefError, AmbiguousRefError or DamageError."""
+        return self._snapshot(resolve(self._handle.backend, ref))
+
+    def log(self, ref: str = "main") -> Iterator[Snapshot]:
+        """The snapshot and its first parents, newest first; ends where a parent is gone."""
+        for snapshot_id, record in ancestry(self._handle.backend, resolve(self._handle.backend, ref)):
+            yield make_snapshot(snapshot_id, record, self._read_leaves)
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """Every snapshot of the repository, orphans included, by id."""
+        for snapshot_id in list_snapshot_ids(self._handle.backend):
+            yield self._snapshot(snapshot_id)
+
+    def orphans(self) -> list[Snapshot]:
+        """Snapshots that no branch or tag reaches: losers of conflicts and saves that died before their commit."""
+        from castore.checkpoint.history import orphan_ids
+
+        return [self._snapshot(snapshot_id) for snapshot_id in orphan_ids(self._handle)]
+
+    def diff(self, a: str, b: str, *, paths: Sequence[str] | None = None, values: bool = True, progress: Progress | None = None) -> Any:
+        """What changed from `a` to `b`, leaf by leaf.
+
+        `values=True` reads the changed leaves and compares them as numbers (largest absolute difference, relative L2,
+        cosine); False compares ids only, which needs neither tensors nor torch. `paths` are globs.
+        """
+        from castore.checkpoint.diff import diff
+
+        backend = self._handle.backend
+        return diff(
+            self._handle, resolve(backend, a), resolve(backend, b), paths=paths, values=values, progress=progress
+        )
+
+    # ---- refs ----------------------------------------------------------------------------------------------------
+
+    def branch(self, name: str, *, at: str = "main", move: bool = False) -> Ref:
+        """Make a branch at a ref; it costs no bytes. `move=True` moves an existing one, also a damaged one.
+
+        Raises InvalidNameError, RefExistsError, UnknownRefError, ConflictError.
+        """
+        from castore.checkpoint.history import make_branch
+
+        return make_branch(self._handle, name, at=at, move=move)
+
+    def tag(self, name: str, *, at: str = "main") -> Ref:
+        """Name a snapshot for good. Raises InvalidNameError, RefExistsError, UnknownRefError."""
+        from castore.checkpoint.history import make_tag
+
+        return make_tag(self._handle, name, at=at)
+
+    def branches(self) -> list[Ref]:
+        """All branches, by name."""
+        return list_branches(self._handle.backend)
+
+    def tags(self) -> list[Ref]:
+        """All tags, by name."""
+        return list_tags(self._handle.backend)
+
+    def delete_branch(self, name: str) -> None:
+        """Remove a branch; its snapshots stay as orphans for the grace period. Raises UnknownRefError."""
+        from castore.checkpoint.history import remove_branch
+
+        remove_branch(self._handle, name)
+
+    def delete_tag(self, name: str) -> None:
+        """Remove a tag. Raises UnknownRefError."""
+        from castore.checkpoint.history import remove_tag
+
+        remove_tag(self._handle, name)
+
+    # ---- maintenance ---------------------------------------------------------------------------------------------
+
+    def verify(self, *, data: bool = False, progress: Progress | None = None) -> Any:
+        """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
+
+        Returns a VerifyReport with `.ok`; damage is reported, not raised.
+        """
+        from castore.maintenance.verify import verify
+
+        return verify(self._handle, data=data, progress=progress)
+
+    def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Any:
+        """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
+        from castore.maintenance.usage import usage
+
+        return usage(self._handle, depth=depth, progress=progress)
+
+    def reindex(self, *, progress: Progress | None = None) -> Any:
+        """Build the index again from the packs."""
+        from castore.maintenance.reindex import reindex
+
+        return reindex(self._handle, progress=progress)
+
+    # ---- private -------------------------------------------------------------------------------------------------
+
+    def _resolve(self, ref: str) -> SnapshotId:
+        """The snapshot of a ref; a branch that is loaded is from now on the head this object has seen."""
+        backend = self._handle.backend
+        snapshot_id = resolve(backend, ref)
+        branch = branch_of(backend, ref)
+        if branch is not None:
+            self._handle.note_head(branch, snapshot_id)
+        return snapshot_id
+
+    def _snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
+        return make_snapshot(snapshot_id, read_record(self._handle.backend, snapshot_id), self._read_leaves)
+
+    def _bound(self, snapshot: Snapshot) -> Snapshot:
+        return self._snapshot(snapshot.id)
+
+    def _read_leaves(self, snapshot_id: SnapshotId) -> tuple[Leaf, ...]:
+        handle = self._handle
+        return leaf_table(handle.manifests.entries(read_record(handle.backend, snapshot_id)), handle.hasher)
+
+
+def init(
+    path: PathLike,
+    *,
+    hash: HashName = "xxh3-128",  # noqa: A002  the word that people look for
+    compression: Compression = "auto",
+    lease_s: float = 60.0,
+    orphan_grace_s: float = 14 * 24 * 3600.0,
+) -> Repository:
+    """Create a repository in a directory that is absent or empty.
+
+    The options are stored in it: `hash` ("xxh3-128", or "blake3" where weights of strangers are stored), `compression`
+    ("auto", "lz4", "none"), `lease_s` and `orphan_grace_s` in seconds. Raises RepositoryExistsError, UsageError,
+    MissingExtraError (blake3) or RepositoryAccessError.
+    """
+    options = RepositoryOptions(hash, compression, float(lease_s), float(orphan_grace_s))
+    return Repository(path, create(path, options))
+
+
+def open_(path: PathLike, *, create: bool = False) -> Repository:
+    """Open a repository; with `create=True` make one with default options when there is none.
+
+    Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
+    """
+    try:
+        return Repository(path, open_repository(path))
+    except RepositoryNotFoundError:
+        if not create:
+            raise
+    return init(path)
+
+
+def save(state: Any, path: PathLike, **options: Any) -> Snapshot:
+    """Save a state into the repository at `path`, which is made when it is absent. Options as in `Repository.save`."""
+    with open_(path, create=True) as repository:
+        return repository.save(state, **options)
+
+
+def load(path: PathLike, ref: str = "main", **options: Any) -> Any:
+    """Load a state from the repository at `path`. Options as in `Repository.load`."""
+    with open_(path) as repository:
+        return repository.load(ref, **options)

@@ -1,0 +1,1 @@
+"""Training state in and out."""

@@ -1,0 +1,155 @@
+"""Branches, tags and orphans: adding and removing roots.
+
+Adding a root obeys the same protocol as a save: a writer lease, publish, then check. What the new root needs and a
+collector has condemned is copied out of the condemned packs, verified on the way.
+"""
+
+from __future__ import annotations
+
+from castore.checkpoint.plan import chunk_lengths
+from castore.chunk_writer import ChunkWriter
+from castore.codec.base import Elements
+from castore.errors import ConflictError, DamageError, RefExistsError, UnknownRefError
+from castore.format.layout import branch_name, check_ref_name, tag_name
+from castore.format.pack import RecordKind
+from castore.ids import ChunkId, SnapshotId
+from castore.leases import condemned_packs, writer_lease
+from castore.refs import (
+    Ref,
+    check_free,
+    check_tag_free,
+    create_tag,
+    delete_ref_file,
+    list_branches,
+    list_tags,
+    move_branch,
+    read_branch,
+    resolve,
+)
+from castore.repository import Handle
+from castore.snapshots import list_snapshot_ids, read_record, split_ids
+from castore.store import list_packs
+
+
+def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
+    """Make or move a branch. See `Repository.branch`."""
+    check_ref_name(name)
+    backend, now_ns = handle.backend, handle.clock()
+    with writer_lease(backend, purpose="branch", now_ns=now_ns):
+        target = resolve(backend, at)
+        try:
+            found = read_branch(backend, name)
+        except DamageError:
+            if not move:
+                raise
+            delete_ref_file(backend, branch_name(name))
+            found = None
+        if found is not None and not move:
+            raise RefExistsError(f"branch {name!r} exists and is at {found[:12]}; move it with move=True (`--move`)")
+        if found is None:
+            check_free(backend, name, as_tag=False)
+        read_record(backend, target)
+        if not move_branch(backend, name, expected_id=found, new_id=target, now_ns=now_ns):
+            raise ConflictError(name, snapshot_id=target, expected_id=found, found_id=read_branch(backend, name))
+        handle.note_head(name, target)
+        rescue(handle, target, now_ns=now_ns)
+    return Ref(name, target, now_ns)
+
+
+def make_tag(handle: Handle, name: str, *, at: str) -> Ref:
+    """Make a tag. See `Repository.tag`."""
+    check_ref_name(name)
+    backend, now_ns = handle.backend, handle.clock()
+    with writer_lease(backend, purpose="tag", now_ns=now_ns):
+        target = resolve(backend, at)
+        check_tag_free(backend, name)
+        read_record(backend, target)
+        create_tag(backend, name, target, now_ns=now_ns)
+        rescue(handle, target, now_ns=now_ns)
+    return Ref(name, target, now_ns)
+
+
+def remove_branch(handle: Handle, name: str) -> None:
+    """Remove a branch. See `Repository.delete_branch`."""
+    check_ref_name(name)
+    if not delete_ref_file(handle.backend, branch_name(name)):
+        known = [ref.name for ref in list_branches(handle.backend)]
+        raise UnknownRefError(f"no branch is called {name!r}; there are: {', '.join(known) or 'none'}", known)
+    handle.note_head(name, None)
+
+
+def remove_tag(handle: Handle, name: str) -> None:
+    """Remove a tag. See `Repository.delete_tag`."""
+    check_ref_name(name)
+    if not delete_ref_file(handle.backend, tag_name(name)):
+        known = [ref.name for ref in list_tags(handle.backend)]
+        raise UnknownRefError(f"no tag is called {name!r}; there are: {', '.join(known) or 'none'}", known)
+
+
+def orphan_ids(handle: Handle) -> list[SnapshotId]:
+    """Snapshots that no branch or tag reaches, newest first. Raises DamageError for a ref that cannot be read."""
+    backend = handle.backend
+    reached: set[SnapshotId] = set()
+    pending = [ref.snapshot_id for ref in (*list_branches(backend), *list_tags(backend))]
+    while pending:
+        snapshot_id = pending.pop()
+        if snapshot_id in reached:
+            continue
+        reached.add(snapshot_id)
+        try:
+            pending.extend(read_record(backend, snapshot_id).parents)
+        except (UnknownRefError, DamageError):
+            continue  # a gap in history, or damage that verify names
+    found = [snapshot_id for snapshot_id in list_snapshot_ids(backend) if snapshot_id not in reached]
+    return sorted(found, key=lambda snapshot_id: _time_ns(handle, snapshot_id), reverse=True)
+
+
+def _time_ns(handle: Handle, snapshot_id: SnapshotId) -> int:
+    try:
+        return read_record(handle.backend, snapshot_id).time_ns
+    except (UnknownRefError, DamageError):
+        return 0
+
+
+def rescue(handle: Handle, snapshot_id: SnapshotId, *, now_ns: int) -> None:
+    """Check, after the root is visible, that no chunk of the snapshot is only in condemned packs; copy out what is.
+
+    Costs one listing while nothing is condemned. Raises DamageError when a chunk is gone for good.
+    """
+    condemned = condemned_packs(handle.backend)
+    while condemned:
+        usable = list_packs(handle.backend) - condemned
+        needed = _needed_chunks(handle, snapshot_id)
+        locations = handle.store.locate(list(needed))
+        lost = [chunk_id for chunk_id, hits in locations.items() if not any(hit.pack_id in usable for hit in hits)]
+        if not lost:
+            return
+        writer = ChunkWriter(
+            handle.backend,
+            handle.hasher,
+            handle.config.repository_id,
+            compression=handle.config.options.compression,
+            now_ns=now_ns,
+        )
+        try:
+            for chunk_id in lost:
+                raw = bytes(handle.store.get(chunk_id))
+                writer.put(chunk_id, lambda raw=raw: raw, raw_bytes=len(raw), elements=Elements(4), kind=needed[chunk_id])  # type: ignore[misc]  # a bound default
+            sealed = writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+        handle.store.add({pack.pack_id: pack.rows for pack in sealed})
+        condemned = condemned_packs(handle.backend)
+
+
+def _needed_chunks(handle: Handle, snapshot_id: SnapshotId) -> dict[ChunkId, RecordKind]:
+    """Every chunk that a snapshot needs, with what it holds."""
+    record = read_record(handle.backend, snapshot_id)
+    entries = handle.manifests.entries(record)
+    id_bytes = handle.hasher.digest_bytes
+    needed = dict.fromkeys(chunk_lengths(entries, id_bytes), RecordKind.LEAF)
+    for entry in entries:
+        needed.update(dict.fromkeys(split_ids(entry.id_lists or b"", id_bytes), RecordKind.ID_LIST))
+    needed.update(dict.fromkeys(record.part_ids, RecordKind.PART))
+    return needed

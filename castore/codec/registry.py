@@ -1,0 +1,57 @@
+"""Codec numbers → codecs, and chains of them.
+
+    0    raw: the empty chain, never written as a number
+    1    lz4       lz4_block.py
+    2    zstd      zstd_frame.py
+    3    planes    byte_planes.py
+    4    constant  constant.py
+    16 … reserved for steps that read a delta base
+
+Numbers are permanent. numpy is only imported when a chain names `planes`: history and manifests are read without it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from castore.codec.base import Codec
+from castore.codec.constant import Constant
+from castore.codec.lz4_block import Lz4Block
+from castore.codec.zstd_frame import ZstdFrame
+from castore.errors import CodecError, UnsupportedFormatError
+from castore.format.pack import Chain
+
+NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant"}
+
+
+@cache
+def codec_numbered(number: int) -> Codec:
+    """The codec of a number; raises UnsupportedFormatError for one that this castore does not know."""
+    if number == Lz4Block.number:
+        return Lz4Block()
+    if number == ZstdFrame.number:
+        return ZstdFrame()
+    if number == Constant.number:
+        return Constant()
+    if number == 3:
+        from castore.codec.byte_planes import BytePlanes  # noqa: PLC0415  numpy costs 80 ms of start-up
+
+        return BytePlanes()
+    raise UnsupportedFormatError(f"codec {number} is unknown to this castore; install a newer one")
+
+
+def chain_name(chain: Chain) -> str:
+    """For people: "raw", "planes", "delta+planes"."""
+    return "+".join(NAMES.get(number, f"codec-{number}") for number in chain) or "raw"
+
+
+def decode_chain(chain: Chain, stored: memoryview, out: memoryview) -> None:
+    """Undo a chain into `out`. Raises CodecError or UnsupportedFormatError."""
+    if not chain:
+        if len(stored) != len(out):
+            raise CodecError(f"raw: expected {len(out)} bytes, found {len(stored)}")
+        out[:] = stored
+        return
+    if len(chain) > 1:
+        raise UnsupportedFormatError(f"codec chain {chain_name(chain)} is unknown to this castore; install a newer one")
+    codec_numbered(chain[0]).decode(stored, out)

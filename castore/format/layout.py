@@ -1,0 +1,124 @@
+"""Every file name of a repository, built and parsed here and nowhere else.
+
+    config                          what the repository is
+    packs/ab/<pack id>.pack         ab: the first two hex digits of the id
+    snapshots/<snapshot id>
+    thin/<snapshot id>              overlay: leaves dropped from a kept snapshot
+    refs/branches/<encoded name>
+    refs/tags/<encoded name>
+    leases/<random>.lease
+    gc/<random>.condemned
+    cache/                          the index; may be deleted at any time
+
+Names given by people are encoded: every byte of their UTF-8 outside a-z 0-9 _ - becomes %XX (upper-case letters and dots
+too, so that names stay apart on file systems that fold case, and none is hidden or has a meaning of its own).
+"""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import unquote_to_bytes
+
+from castore.errors import FormatError, InvalidNameError
+from castore.ids import PACK_ID_BYTES, PackId, RandomBytes, SnapshotId, is_hex
+
+CONFIG = "config"
+PACKS = "packs/"
+SNAPSHOTS = "snapshots/"
+THIN = "thin/"
+BRANCHES = "refs/branches/"
+TAGS = "refs/tags/"
+LEASES = "leases/"
+GC = "gc/"
+CACHE = "cache/"
+CACHE_INDEX = "cache/index.lmdb"
+
+_PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
+_ENCODED_BYTES_MAX = 240
+"""File systems allow 255 bytes; the rest is for temporary names."""
+
+
+def pack_name(pack_id: PackId) -> str:
+    """`packs/ab/<id>.pack`."""
+    return f"{PACKS}{pack_id[:2]}/{pack_id}.pack"
+
+
+def parse_pack_name(name: str) -> PackId | None:
+    """The pack id, or None when the name is not a pack's (a stray file is ignored, never an error)."""
+    stem = name.rsplit("/", 1)[-1].removesuffix(".pack")
+    if is_hex(stem) and len(stem) == 2 * PACK_ID_BYTES and name == pack_name(PackId(stem)):
+        return PackId(stem)
+    return None
+
+
+def snapshot_name(snapshot_id: SnapshotId) -> str:
+    """`snapshots/<id>`."""
+    return f"{SNAPSHOTS}{snapshot_id}"
+
+
+def parse_snapshot_name(name: str) -> SnapshotId | None:
+    """The snapshot id, or None when the name is not a snapshot's."""
+    stem = name.removeprefix(SNAPSHOTS)
+    return SnapshotId(stem) if is_hex(stem) and len(stem) in (32, 64) else None
+
+
+def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `leases/<random>.lease`."""
+    return f"{LEASES}{random_bytes(16).hex()}.lease"
+
+
+def branch_name(name: str) -> str:
+    """`refs/branches/<encoded>`."""
+    return BRANCHES + encode_ref_name(name)
+
+
+def tag_name(name: str) -> str:
+    """`refs/tags/<encoded>`."""
+    return TAGS + encode_ref_name(name)
+
+
+def encode_ref_name(name: str) -> str:
+    """The file name of a branch or tag; raises InvalidNameError when it would be too long for a file system."""
+    encoded = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in name.encode())
+    if len(encoded) > _ENCODED_BYTES_MAX:
+        raise InvalidNameError(f"name {name[:40]!r}…: expected at most {_ENCODED_BYTES_MAX} encoded bytes, found {len(encoded)}")
+    return encoded
+
+
+def decode_ref_name(encoded: str) -> str:
+    """The name behind an encoded file name; raises FormatError when it is not one that encode_ref_name makes."""
+    try:
+        name = unquote_to_bytes(encoded).decode()
+        canonical = encode_ref_name(name) == encoded
+    except (UnicodeDecodeError, InvalidNameError):
+        canonical = False
+    if not canonical:
+        raise FormatError(f"refs: {encoded!r} is not an encoded ref name; move the file out of the repository")
+    return name
+
+
+def check_ref_name(name: str) -> None:
+    """Git's rules for branch and tag names (`git check-ref-format`), and the words that castore's refs use.
+
+    Raises InvalidNameError.
+    """
+    parts = name.split("/")
+    bad_characters = sorted({c for c in name if ord(c) < 0x20 or ord(c) == 0x7F or c in " ~^:?*[\\"})
+    if not name:
+        problem = "it is empty"
+    elif bad_characters:
+        problem = f"it contains {bad_characters[0]!r}"
+    elif any(0xD800 <= ord(c) <= 0xDFFF for c in name):
+        problem = "it is not valid Unicode"
+    elif any(not part or part.startswith(".") or part.endswith(".lock") for part in parts):
+        problem = "a component is empty, begins with '.' or ends with '.lock'"
+    elif ".." in name or "@" in name:
+        problem = "it contains '..' or '@' ('@' separates a branch from a step)"
+    elif name.endswith(".") or name.startswith("-"):
+        problem = "it ends with '.' or begins with '-'"
+    elif parts[0] in ("heads", "tags") and len(parts) > 1:
+        problem = "'heads/' and 'tags/' say which kind of ref is meant"
+    else:
+        encode_ref_name(name)
+        return
+    raise InvalidNameError(f"{name!r} is not a valid branch or tag name: {problem}")

@@ -1,0 +1,72 @@
+"""Format constants and tunables, each with its unit and its reason.
+
+Constants of the format are permanent: changing one makes equal tensors give different chunks. Options are stored in
+the repository's config and chosen when it is created.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# ---- constants of the format -----------------------------------------------------------------------------------
+
+GRID_BYTES = 1 * MIB
+"""Chunks are cut every GRID_BYTES of a leaf's logical row-major bytes; the last one is shorter.
+
+Measured on the six workloads (bench/RESULTS.md, "chunk grid"): below 512 KiB the headers and the entropy coder's tables
+cost more than finer dedup gains; above 2 MiB a partly touched tensor is rewritten in larger pieces."""
+
+INLINE_BYTES_MAX = 256
+"""A leaf of at most this many raw bytes lives in the manifest: a record header and a table row (128 bytes together)
+would outweigh it, and optimizers keep one 4-byte step counter per parameter."""
+
+PAGE_BYTES = 4 * KIB
+"""Run payloads start on a page so that they can be mapped."""
+
+PART_ENTRIES_MIN, PART_ENTRIES_MAX = 16, 256
+"""Entries of one manifest part: enough to amortise a record, few enough that one changed leaf rewrites little."""
+PART_CHUNKS_MAX = 1024
+"""Chunk ids in one part, and in one id list of a very long leaf (1 GiB)."""
+
+# ---- limits against hostile input: checked before anything is allocated ------------------------------------------
+
+RECORD_STORED_BYTES_MAX = GRID_BYTES + 64 * KIB
+"""No encoding grows past raw; the slack is for containers of nearly incompressible planes."""
+PART_BYTES_MAX = 16 * MIB
+SNAPSHOT_BYTES_MAX = 64 * MIB
+TEXT_FILE_BYTES_MAX = 1 * MIB
+TABLE_ROWS_MAX = 4_000_000
+SKELETON_DEPTH_MAX = 200
+"""Nesting of a state; deeper than any real state and well inside the interpreter's recursion limit."""
+
+# ---- tunables ------------------------------------------------------------------------------------------------
+
+PACK_BYTES_MAX = 256 * MIB
+"""A pack is sealed when it reaches this: one fsync per 256 MiB costs nothing, and gc rewrites at most this much."""
+RUN_BYTES_MIN = 64 * KIB
+"""A raw leaf from this size on is stored as one run: its header page and alignment cost at most 12 %."""
+ENCODE_AHEAD_CHUNKS = 16
+"""Chunks being encoded or waiting to be written: bounds the memory of a save to 16 MiB raw plus as much encoded."""
+
+HashName = Literal["xxh3-128", "blake3"]
+Compression = Literal["auto", "lz4", "none"]
+HASH_NAMES: tuple[HashName, ...] = get_args(HashName)
+COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryOptions:
+    """What is chosen when a repository is created and stored in its config."""
+
+    hash: HashName = "xxh3-128"
+    """Digest of chunks and snapshots. blake3 where weights of strangers are stored or the repository is shared."""
+    compression: Compression = "auto"
+    """auto: byte planes + zstd or lz4 or raw, by a sample of each chunk; lz4: lz4 or raw; none: raw, mappable."""
+    lease_s: float = 60.0
+    """How long a lease of another host counts as alive without a sign of life."""
+    orphan_grace_s: float = 14 * 24 * 3600.0
+    """How long a snapshot without a ref is kept: long enough to adopt the loser of a conflict after a holiday."""

@@ -1,0 +1,1 @@
+"""Pack files: written once, read by offset, scanned when damaged."""

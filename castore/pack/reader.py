@@ -1,0 +1,131 @@
+"""Read a pack's table, or scan for its records when the table is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from castore.backend.base import RangeReader
+from castore.errors import ChecksumError, DamageError, FormatError
+from castore.format.pack import (
+    ALIGN_BYTES,
+    HEADER_BYTES,
+    RECORD_MAGIC,
+    RUN_MAGIC,
+    TRAILER_BYTES,
+    PackHeader,
+    Row,
+    decode_header,
+    decode_record_header,
+    decode_run_fixed,
+    decode_run_header,
+    decode_table,
+    decode_trailer,
+    record_header_bytes,
+    row_bytes,
+)
+from castore.hashing import Hasher
+from castore.ids import PackId
+
+_SCAN_BYTES = 4 * 1024 * 1024
+
+
+def read_header(reader: RangeReader, *, where: str, expected_id: PackId | None = None) -> PackHeader:
+    """The header, its id compared with the file's name when given. Raises DamageError or UnsupportedFormatError."""
+    header = decode_header(reader.read(0, min(HEADER_BYTES, reader.size_bytes)), where=where)
+    if expected_id is not None and header.pack_id != expected_id:
+        raise ChecksumError(f"{where}: expected pack {expected_id}, found {header.pack_id}: the files were swapped")
+    return header
+
+
+def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: Hasher) -> list[Row]:
+    """Every row of the pack, from its trailer and table. Raises DamageError when either cannot be trusted."""
+    id_bytes = hasher.digest_bytes
+    if reader.size_bytes < HEADER_BYTES + TRAILER_BYTES:
+        raise FormatError(
+            f"{where}: expected at least {HEADER_BYTES + TRAILER_BYTES} bytes, found {reader.size_bytes}: the pack is cut short"
+        )
+    header = read_header(reader, where=where, expected_id=expected_id)
+    if header.hasher.number != hasher.number:
+        raise FormatError(f"{where}: expected hash {hasher.name}, found {header.hasher.name}: a pack of another repository")
+    tail = reader.read(reader.size_bytes - TRAILER_BYTES, TRAILER_BYTES)
+    trailer = decode_trailer(tail, pack_bytes=reader.size_bytes, id_bytes=id_bytes, where=where)
+    if trailer.pack_id != expected_id:
+        raise ChecksumError(f"{where}: expected the trailer of pack {expected_id}, found {trailer.pack_id}")
+    table = reader.read(trailer.table_offset, trailer.row_count * row_bytes(id_bytes))
+    return decode_table(table, trailer, id_bytes=id_bytes, where=where)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A stretch of a pack where no record could be read."""
+
+    offset: int
+    length: int
+
+
+def scan_records(reader: RangeReader, *, where: str, id_bytes: int) -> Iterator[Row | Gap]:
+    """Every record whose header is whole, found without the table; what lies between them as gaps.
+
+    Headers are checked, payloads are not. Table and trailer, when they are there, come out as the last gap.
+    """
+    position, gap_start = HEADER_BYTES, HEADER_BYTES
+    while position < reader.size_bytes:
+        rows, end = _record_at(reader, position, where=where, id_bytes=id_bytes)
+        if rows:
+            if position > gap_start:
+                yield Gap(gap_start, position - gap_start)
+            yield from rows
+            position = gap_start = end
+        else:
+            position = _next_magic(reader, position + ALIGN_BYTES)
+    if reader.size_bytes > gap_start:
+        yield Gap(gap_start, reader.size_bytes - gap_start)
+
+
+def _record_at(reader: RangeReader, offset: int, *, where: str, id_bytes: int) -> tuple[list[Row], int]:
+    """The rows of the record or run at `offset` and the offset after it; no rows when there is none."""
+    where = f"{where}, record at {offset}"
+    header_bytes = record_header_bytes(id_bytes)
+    head = reader.read(offset, min(header_bytes, reader.size_bytes - offset))
+    try:
+        if head[:4] == RECORD_MAGIC:
+            row = decode_record_header(head, offset=offset, id_bytes=id_bytes, where=where)
+            return _within([row], reader.size_bytes)
+        if head[:4] == RUN_MAGIC:
+            _, run_bytes, _ = decode_run_fixed(head, id_bytes=id_bytes, where=where)
+            header = reader.read(offset, min(run_bytes, reader.size_bytes - offset))
+            return _within(decode_run_header(header, offset=offset, id_bytes=id_bytes, where=where), reader.size_bytes)
+    except DamageError:
+        pass
+    return [], offset
+
+
+def _within(rows: list[Row], pack_bytes: int) -> tuple[list[Row], int]:
+    """Rows whose payload is all there, and the aligned end of the last."""
+    end = rows[-1].offset + rows[-1].stored_bytes
+    kept = [row for row in rows if row.offset + row.stored_bytes <= pack_bytes]
+    return kept, -(-end // ALIGN_BYTES) * ALIGN_BYTES
+
+
+def _next_magic(reader: RangeReader, start: int) -> int:
+    """The next aligned offset from `start` on that holds a record magic; the end of the file when there is none."""
+    while start < reader.size_bytes:
+        block = reader.read(start, min(_SCAN_BYTES, reader.size_bytes - start))
+        candidates = [
+            found for magic in (RECORD_MAGIC, RUN_MAGIC) if (found := _find_aligned(block, magic)) is not None
+        ]
+        if candidates:
+            return start + min(candidates)
+        start += len(block) if len(block) < ALIGN_BYTES else len(block) // ALIGN_BYTES * ALIGN_BYTES
+    return reader.size_bytes
+
+
+def _find_aligned(block: bytes, magic: bytes) -> int | None:
+    """The first multiple of 8 where `magic` stands; blocks start on a multiple of 8 themselves."""
+    found = block.find(magic)
+    while found >= 0:
+        if found % ALIGN_BYTES == 0:
+            return found
+        found = block.find(magic, found + 1)
+    return None

@@ -1,0 +1,247 @@
+"""The chunk store: which chunks are there, and their bytes, verified.
+
+Invariants:
+
+1. Packs are the truth. The index is a hint that is brought in line with the pack listing; a location counts only when
+   its pack stands in the latest listing.
+2. Bytes are handed out only after their chunk id was recomputed; a damaged location is passed over for another one.
+3. Readers hold no lease. When a pack has gone, chunks are looked up once more before they are reported missing.
+
+Thread-safe. Nothing here writes packs (chunk_writer.py does).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from castore.backend.base import Backend, RangeReader
+from castore.codec.registry import decode_chain
+from castore.errors import ChecksumError, ChunkMissingError, DamageError, NotFoundError, StorageError
+from castore.format.layout import PACKS, pack_name, parse_pack_name
+from castore.format.pack import Row
+from castore.hashing import Hasher, checksum
+from castore.ids import ChunkId, PackId
+from castore.index.base import Index, Location
+from castore.pack.reader import Gap, read_table, scan_records
+
+_OPEN_READERS_MAX = 64
+_INDEX_BATCH_ROWS = 200_000
+"""Rows added to the index per transaction when it is rebuilt: bounds memory, and an interrupted rebuild keeps most."""
+
+Locations = tuple[Location, ...]
+
+
+class ChunkStore:
+    """Look-up and reading of chunks in one repository."""
+
+    def __init__(self, backend: Backend, index: Index, hasher: Hasher) -> None:
+        self._backend = backend
+        self._index = index
+        self.hasher = hasher
+        self._lock = threading.Lock()
+        self._listing: frozenset[PackId] | None = None
+        self._readers = _ReaderCache(backend)
+        self.damaged_packs: dict[PackId, DamageError] = {}
+        """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
+
+    # ---- look-up -----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> frozenset[PackId]:
+        """List the packs and bring the index in line: add tables of new packs, forget those that are gone."""
+        with self._lock:
+            listing = list_packs(self._backend)
+            known = self._index.packs()
+            self._index.forget(known - listing)
+            self._add_tables(sorted(listing - known))
+            self._listing = listing
+            return listing
+
+    def rebuild(self) -> int:
+        """Throw the index away and build it again from the packs; returns the number of packs."""
+        with self._lock:
+            self._index.clear()
+        return len(self.refresh())
+
+    def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
+        """Locations of each chunk in the packs of the latest listing; empty where there is none. Parallel to ids."""
+        listing = self._listing if self._listing is not None else self.refresh()
+        return [tuple(hit for hit in hits if hit.pack_id in listing) for hits in self._index.find(ids)]
+
+    def locate(self, ids: Collection[ChunkId]) -> dict[ChunkId, Locations]:
+        """Locations of every chunk; a miss lists the packs again before it counts. Missing chunks map to ()."""
+        wanted = list(ids)
+        found = dict(zip(wanted, self.find(wanted), strict=True))
+        missing = [chunk_id for chunk_id, hits in found.items() if not hits]
+        if missing:
+            self.refresh()
+            found.update(zip(missing, self.find(missing), strict=True))
+        return found
+
+    def add(self, tables: Mapping[PackId, Sequence[Row]]) -> None:
+        """Make packs known that this process has just sealed."""
+        with self._lock:
+            self._index.add(tables)
+            if self._listing is not None:
+                self._listing |= tables.keys()
+
+    def _add_tables(self, pack_ids: Iterable[PackId]) -> None:
+        batch: dict[PackId, Sequence[Row]] = {}
+        rows = 0
+        for pack_id in pack_ids:
+            table = self._table_or_salvage(pack_id)
+            if table is None:
+                continue
+            batch[pack_id] = table
+            rows += len(table)
+            if rows >= _INDEX_BATCH_ROWS:
+                self._index.add(batch)
+                batch, rows = {}, 0
+        if batch:
+            self._index.add(batch)
+
+    def _table_or_salvage(self, pack_id: PackId) -> list[Row] | None:
+        """The rows of a pack; from a scan when its table is damaged; None when it has gone meanwhile."""
+        name = pack_name(pack_id)
+        try:
+            reader = self._backend.open_reader(name)
+        except NotFoundError:
+            return None
+        try:
+            return read_table(reader, where=name, expected_id=pack_id, hasher=self.hasher)
+        except DamageError as error:
+            self.damaged_packs[pack_id] = error
+            found = scan_records(reader, where=name, id_bytes=self.hasher.digest_bytes)
+            return [row for row in found if not isinstance(row, Gap)]
+        finally:
+            reader.close()
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def get(self, chunk_id: ChunkId) -> bytearray:
+        """The raw bytes of one chunk, verified. Raises ChunkMissingError or another DamageError."""
+        locations = self.locate([chunk_id])[chunk_id]
+        out = bytearray(locations[0].row.raw_bytes if locations else 0)
+        self.read_into(chunk_id, locations, memoryview(out))
+        return out
+
+    def read_into(self, chunk_id: ChunkId, locations: Locations, out: memoryview, *, verify: bool = True) -> None:
+        """Fill `out`, exactly the chunk's raw length, from the first location that is whole.
+
+        `verify=False` trusts the checksum of the stored bytes and does not recompute the chunk id.
+        Raises ChunkMissingError when no pack has it, else the damage of the last location tried.
+        """
+        try:
+            self._read_any(chunk_id, locations, out, verify=verify)
+        except NotFoundError:
+            # The pack was collected after the look-up: its live chunks were copied out before.
+            self._readers.close_missing()
+            self.refresh()
+            self._read_any(chunk_id, self.find([chunk_id])[0], out, verify=verify)
+
+    def _read_any(self, chunk_id: ChunkId, locations: Locations, out: memoryview, *, verify: bool) -> None:
+        failure: Exception = ChunkMissingError(
+            f"chunk {chunk_id.hex()}: no pack of {self._backend.location} holds it; run `castore verify` to see what is affected"
+        )
+        for location in locations:
+            try:
+                self._read_one(location, out, verify=verify)
+            except (DamageError, StorageError) as error:
+                failure = error
+            else:
+                return
+        raise failure
+
+    def _read_one(self, location: Location, out: memoryview, *, verify: bool) -> None:
+        row = location.row
+        where = f"pack {location.pack_id}, record of chunk {row.chunk_id.hex()} at {row.offset}"
+        if row.raw_bytes != len(out):
+            raise ChecksumError(f"{where}: expected {len(out)} raw bytes, found {row.raw_bytes} declared")
+        reader = self._readers.open(location.pack_id)
+        if not row.chain:
+            reader.read_into(row.offset, out)
+            if not verify:
+                check_stored(row, out, where=where)
+        else:
+            stored = _stored_memory(row.stored_bytes)
+            reader.read_into(row.offset, stored)
+            check_stored(row, stored, where=where)
+            try:
+                decode_chain(row.chain, stored, out)
+            except DamageError as error:
+                raise type(error)(f"{where}: {error}") from error
+        if verify:
+            found = self.hasher.digest(out)
+            if found != row.chunk_id:
+                raise ChecksumError(
+                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; run `castore verify --data`"
+                )
+
+    def close(self) -> None:
+        """Close files and the index."""
+        self._readers.close()
+        self._index.close()
+
+
+def check_stored(row: Row, stored: memoryview, *, where: str) -> None:
+    """Compare stored bytes with their checksum. Raises ChecksumError."""
+    found = checksum(stored)
+    if found != row.checksum:
+        raise ChecksumError(
+            f"{where}: expected checksum {row.checksum:016x} of {row.stored_bytes} stored bytes, found {found:016x}; "
+            "the disk or a copy changed them: run `castore verify --data`"
+        )
+
+
+def list_packs(backend: Backend) -> frozenset[PackId]:
+    """The packs that stand in the repository now."""
+    names = (parse_pack_name(info.name) for info in backend.list(PACKS))
+    return frozenset(pack_id for pack_id in names if pack_id is not None)
+
+
+class _StoredMemory(threading.local):
+    """Memory for stored bytes, reused by each thread: fresh memory costs a page fault every 4 KiB."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+
+
+_stored = _StoredMemory()
+
+
+def _stored_memory(length: int) -> memoryview:
+    if len(_stored.buffer) < length:
+        _stored.buffer = bytearray(length)
+    return memoryview(_stored.buffer)[:length]
+
+
+class _ReaderCache:
+    """Open packs, least recently used first, so that thousands of packs do not use up the file descriptors."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[PackId, RangeReader] = OrderedDict()
+
+    def open(self, pack_id: PackId) -> RangeReader:
+        with self._lock:
+            reader = self._readers.pop(pack_id, None)
+            if reader is None:
+                reader = self._backend.open_reader(pack_name(pack_id))
+            self._readers[pack_id] = reader
+            if len(self._readers) > _OPEN_READERS_MAX:
+                # Not closed here: another thread may be reading. The last reference closes it.
+                self._readers.popitem(last=False)
+            return reader
+
+    def close_missing(self) -> None:
+        """Forget everything, so that the next open sees what is there now."""
+        with self._lock:
+            self._readers.clear()
+
+    def close(self) -> None:
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()

@@ -1,0 +1,163 @@
+"""An array leaf where it lies in memory, the same for torch and numpy: address, shape, strides, element type.
+
+Saving, alias detection and loading work on this description, so that none of them has to know 45 dtypes. Nothing is read
+or copied here.
+
+Strides and addresses are in bytes. Tensors that have no such description (sparse, quantized, nested, meta, subclasses)
+are refused or taken apart before they get here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from castore.errors import UnsupportedLeafError
+from castore.tensors.dtypes import Element, numpy_element, torch_element
+from castore.tensors.lazy import require_torch
+from castore.tensors.strided import Words, extent, host_words, is_dense, may_overlap_itself, row_major_stride, word_layout
+
+CPU = "cpu"
+Family = Literal["torch", "numpy"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Array:
+    """An array and where its elements lie."""
+
+    value: Any
+    """The tensor or ndarray; it keeps the memory alive."""
+    family: Family
+    device: str
+    """"cpu", "cuda:0", …; always "cpu" for numpy."""
+    address: int
+    """Of the first element, on that device."""
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    element: Element
+    conj: bool = False
+    """The memory holds the complex conjugate of the value (torch does this lazily)."""
+    neg: bool = False
+    """The memory holds the negative of the value."""
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one element."""
+        return self.element.item_bytes
+
+    @property
+    def count(self) -> int:
+        """How many elements it has."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def raw_bytes(self) -> int:
+        """Length of its logical bytes."""
+        return self.count * self.item_bytes
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the processor can read it."""
+        return self.device == CPU
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether the value is computed from the memory (conjugated or negated) when it is read."""
+        return self.conj or self.neg
+
+    @property
+    def hull(self) -> tuple[int, int]:
+        """Lowest address and one past the highest."""
+        low, high = extent(self.shape, self.stride, self.item_bytes)
+        return self.address + low, self.address + high
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the elements fill the hull without gap or overlap."""
+        return is_dense(self.shape, self.stride, self.item_bytes)
+
+    @property
+    def may_overlap_itself(self) -> bool:
+        """Whether two of its elements may share memory."""
+        return may_overlap_itself(self.shape, self.stride, self.item_bytes)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two arrays that are the same elements of the same memory."""
+        return self.family, self.device, self.address, self.element.name, self.shape, self.stride, self.conj, self.neg
+
+    def stride_hint(self) -> list[int] | None:
+        """Strides in elements if they are worth restoring: dense and not row-major; else None.
+
+        Kept even where only axes of length 1 differ, because torch reads the memory format from them.
+        """
+        if self.raw_bytes == 0 or self.is_lazy or not self.is_dense:
+            return None
+        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(step < 0 for step in self.stride):
+            return None
+        if self.family == "numpy" and is_c_order(self):
+            return None
+        return [step // self.item_bytes for step in self.stride]
+
+
+def is_c_order(array: Array) -> bool:
+    """Whether a numpy array is C-contiguous; numpy gives axes of length 1 no meaning."""
+    return bool(array.value.flags.c_contiguous)
+
+
+def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
+    """Describe an ndarray. Raises UnsupportedLeafError for element types without fixed bytes."""
+    element = numpy_element(value.dtype, path)
+    return Array(value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element)
+
+
+def torch_array(value: Any, path: str) -> Array:
+    """Describe a strided, unquantized tensor. Raises UnsupportedLeafError when it has no memory of its own."""
+    element = torch_element(value.dtype)
+    size = element.item_bytes
+    shape = tuple(int(length) for length in value.shape)
+    stride = tuple(int(step) * size for step in value.stride())
+    try:
+        storage = value.untyped_storage()
+        address, storage_bytes = int(value.data_ptr()), int(storage.nbytes())
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedLeafError(path, _tensor_type(value), f"its memory cannot be reached: {reason}") from error
+    needed = int(value.storage_offset()) * size + extent(shape, stride, size)[1]
+    if 0 not in shape and needed > storage_bytes:
+        # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation fault.
+        raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
+    return Array(value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg())
+
+
+def describe(value: Any, path: str) -> Array:
+    """Describe a tensor or an ndarray."""
+    return numpy_array(value, path) if isinstance(value, np.ndarray) else torch_array(value, path)
+
+
+def _tensor_type(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def words_on_host(array: Array, *, writable: bool = False) -> Words:
+    """Its memory as integer words, without a copy; not conjugated or negated."""
+    return host_words(
+        array.address, array.shape, array.stride, array.item_bytes, owner=array.value, writable=writable
+    )
+
+
+def words_on_device(array: Array) -> Any:
+    """Its memory as a tensor of integer words on its device, without a copy; not conjugated or negated."""
+    torch = require_torch("a tensor")
+    shape, stride, width = word_layout(array.shape, array.stride, array.item_bytes)
+    dtype = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[width]
+    storage = array.value.untyped_storage()
+    offset = int(array.value.storage_offset()) * array.item_bytes // width
+    empty = torch.empty(0, dtype=dtype, device=array.value.device)
+    return empty.set_(storage, offset, shape, [step // width for step in stride])
