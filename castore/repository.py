@@ -27,8 +27,7 @@ from castore.format.config import Config, decode_config, encode_config
 from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
 from castore.hashing import Hasher, hasher_for
 from castore.ids import SnapshotId
-from castore.index.base import Index
-from castore.index.memory import MemoryIndex
+from castore.index import Index, MemoryIndex, open_index
 from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
 from castore.snapshots import ManifestReader
 from castore.store import ChunkStore
@@ -173,7 +172,4 @@ def _open_index(backend: Backend, config: Config, hasher: Hasher) -> Index:
     config_path = backend.local_path(CONFIG)
     if config_path is None:
         return MemoryIndex()
-    # lmdb is imported only here: history is read without it.
-    from castore.index.lmdb_index import open_index  # noqa: PLC0415
-
     return open_index(config_path.parent, repository_id=config.repository_id, id_bytes=hasher.digest_bytes)

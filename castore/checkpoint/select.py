@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from castore.errors import PathNotFoundError
 from castore.format.manifest import Entry, Kind
-from castore.format.paths import compile_glob, parent_of
-
-COMPOSITE_KINDS = frozenset({Kind.SPARSE, Kind.QUANTIZED})
-"""One value made of child leaves: chosen whole or not at all."""
+from castore.format.paths import compile_glob
+from castore.tensors import select
 
 _NEAR_MAX = 5
 
 
-def select_entries(entries: Sequence[Entry], patterns: Sequence[str] | None, *, where: str) -> list[Entry]:
-    """The entries that match any pattern, what holds them, and what they need (targets of aliases, storages of views).
+def any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """A predicate over paths: whether any of the globs matches."""
+    matches = [compile_glob(pattern) for pattern in patterns]
+    return lambda path: any(match(path) for match in matches)
+
+
+def select_entries(entries: Sequence[Entry], patterns: Sequence[str] | None, *, where: str) -> Sequence[Entry]:
+    """The entries that match any pattern, with what holds them and what they need (targets of aliases, storages of views).
 
     Raises PathNotFoundError for a pattern that matches nothing, with near matches.
     """
     if patterns is None:
-        return list(entries)
-    by_path = {entry.path: entry for entry in entries}
-    matched: set[str] = set()
+        return entries
     for pattern in patterns:
         match = compile_glob(pattern)
-        hits = {entry.path for entry in entries if entry.kind is not Kind.STORAGE and match(entry.path)}
-        if not hits:
+        if not any(match(entry.path) for entry in entries if entry.kind is not Kind.STORAGE):
             raise no_such_path(pattern, entries, where=where)
-        matched |= hits
-    chosen = matched | _composites(matched, by_path)
-    return _with_needs([entry for entry in entries if entry.path in chosen], chosen, by_path)
+    return select(entries, any_of(patterns))
 
 
 def no_such_path(path: str, entries: Sequence[Entry], *, where: str) -> PathNotFoundError:
@@ -41,40 +39,3 @@ def no_such_path(path: str, entries: Sequence[Entry], *, where: str) -> PathNotF
     near = difflib.get_close_matches(path, paths, n=_NEAR_MAX, cutoff=0.4)
     advice = f"did you mean {', '.join(near)}?" if near else "`castore show` lists the paths"
     return PathNotFoundError(f"{where}: no leaf matches {path!r}; {advice}", near)
-
-
-def _composites(matched: set[str], by_path: dict[str, Entry]) -> set[str]:
-    """Composite parents of matched children, and all children of matched composites."""
-    parents = {
-        parent
-        for path in matched
-        if (parent := parent_of(path)) in by_path and by_path[parent].kind in COMPOSITE_KINDS
-    }
-    parents |= {path for path in matched if by_path[path].kind in COMPOSITE_KINDS}
-    return parents | {path for path in by_path if parent_of(path) in parents and path}
-
-
-def _with_needs(chosen: list[Entry], paths: set[str], by_path: dict[str, Entry]) -> list[Entry]:
-    """Add containers and storages; an alias whose target was not chosen takes the target's place."""
-    stand_ins: dict[str, str] = {}
-    selected: list[Entry] = []
-    needed: set[str] = set()
-    for entry in chosen:
-        if entry.kind is Kind.ALIAS:
-            target = str(entry.attrs["target"])
-            if target in stand_ins:
-                entry = replace(entry, attrs={"target": stand_ins[target]})  # noqa: PLW2901  the same value, renamed
-            elif target not in paths:
-                stand_ins[target] = entry.path
-                entry = replace(by_path[target], path=entry.path)  # noqa: PLW2901
-        if entry.kind is Kind.VIEW:
-            needed.add(str(entry.attrs["storage"]))
-        path = entry.path
-        while path:
-            path = parent_of(path)
-            needed.add(path)
-        selected.append(entry)
-    have = {entry.path for entry in selected}
-    selected += [by_path[path] for path in needed - have if path in by_path]
-    order = {path: index for index, path in enumerate(by_path)}
-    return sorted(selected, key=lambda entry: order[entry.path])

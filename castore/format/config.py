@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,8 +92,8 @@ def decode_config(data: bytes, *, where: str) -> Config:
 
 def _seconds(fields: dict[str, Any], key: str, where: str) -> float:
     value = fields.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise FormatError(f"{where}: field {key!r}: expected seconds above 0, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+        raise FormatError(f"{where}: field {key!r}: expected seconds above 0, found {str(value)[:40]}")
     return float(value)
 
 

@@ -5,7 +5,8 @@
     state id     = H("castore.state" 00 | row | row | …), rows sorted by path (code points), one per entry except STORAGE
     row          = msgpack [path, kind, dtype, shape, attrs sorted by key, raw_bytes, leaf digest]
 
-An alias has the row of its target under its own path; a view has the row of a TENSOR with its own digest; containers have
+An alias has the row of its target under its own path; a view has the row of the TENSOR or
+NDARRAY that it is, with its own digest and of its attrs only `descr`; containers have
 raw_bytes 0 and an empty digest. Hints (strides, requires_grad, device) and the order of dict keys are no part of identity.
 """
 
@@ -22,6 +23,7 @@ from castore.ids import Buffer, StateId
 
 _LEAF_TAG = b"castore.leaf"
 _STATE_TAG = b"castore.state"
+_BYTE_ORDERS = ("<", ">", "|")
 
 
 def leaf_digest(hasher: Hasher, raw_bytes: int, chunks: Buffer) -> bytes:
@@ -67,9 +69,13 @@ def _row(hasher: Hasher, path: str, entry: Entry, by_path: Mapping[str, Entry]) 
 def _row_as(hasher: Hasher, path: str, entry: Entry) -> bytes:
     kind, attrs = entry.kind, dict(sorted(entry.attrs.items()))
     if kind is Kind.VIEW:
-        kind, attrs = Kind.TENSOR, {}
+        # What a value is does not depend on whose memory it shares; numpy's type codes begin with a byte order.
+        kind = Kind.NDARRAY if entry.dtype[:1] in _BYTE_ORDERS else Kind.TENSOR
+        attrs = {"descr": attrs["descr"]} if "descr" in attrs else {}
     digest = entry_digest(hasher, entry)
-    packed: bytes = msgpack.packb(
-        [path, int(kind), entry.dtype, list(entry.shape), attrs, entry.raw_bytes, digest], use_bin_type=True
-    )
+    row = [path, int(kind), entry.dtype, list(entry.shape), attrs, entry.raw_bytes, digest]
+    try:
+        packed: bytes = msgpack.packb(row, use_bin_type=True)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FormatError(f"leaf {path!r}: attributes that castore cannot have written: {error}") from error
     return packed

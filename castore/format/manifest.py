@@ -46,6 +46,8 @@ PART_VERSION = 0
 _BOUNDARY_MODULUS = 64
 _ENTRY_FIELDS = 9
 _SHAPE_DIMS_MAX = 64
+_LENGTH_MAX = 1 << 63
+"""Lengths and sizes of dimensions fit a signed 64-bit integer, as those of torch and numpy do."""
 
 
 class Kind(IntEnum):
@@ -180,7 +182,7 @@ def decode_part(data: Buffer, *, id_bytes: int, where: str) -> list[Entry]:
     if len(data) > PART_BYTES_MAX:
         raise FormatError(f"{where}: expected a part of at most {PART_BYTES_MAX} bytes, found {len(data)}")
     try:
-        unpacked = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True, max_buffer_size=PART_BYTES_MAX)
+        unpacked = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
         version, packed_entries = unpacked
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise FormatError(f"{where}: not a manifest part: {error}") from error
@@ -197,28 +199,30 @@ def _unpack_entry(packed: Any, id_bytes: int, where: str) -> Entry:
     try:
         kind = Kind(kind_number)
     except ValueError as error:
-        raise FormatError(f"{where}: kind {kind_number!r} is unknown to this castore") from error
+        raise FormatError(f"{where}: kind {str(kind_number)[:80]} is unknown to this castore") from error
     entry = Entry(
         path,
         kind,
         _checked(dtype, str, where),
         _checked_shape(shape, where),
-        _checked(attrs, dict, where) if attrs is not None else {},
-        _checked(hints, dict, where) if hints is not None else {},
+        _checked_map(attrs, where) if attrs is not None else {},
+        _checked_map(hints, where) if hints is not None else {},
         _checked_count(raw_bytes, where),
         inline=data if isinstance(data, bytes) else None,
         chunks=data[0] if isinstance(data, list) and len(data) == 1 and isinstance(data[0], bytes) else None,
         id_lists=data[0] if isinstance(data, list) and len(data) == 2 and isinstance(data[0], bytes) else None,
         digest=_checked(digest, bytes, where) if digest is not None else None,
     )
-    _check_lengths(entry, id_bytes, where)
+    _check_lengths(entry, data, id_bytes, where)
     return entry
 
 
-def _check_lengths(entry: Entry, id_bytes: int, where: str) -> None:
+def _check_lengths(entry: Entry, data: Any, id_bytes: int, where: str) -> None:
     """Every length that a reader would allocate by is derived twice and compared."""
+    if (entry.digest is not None) != (entry.kind is Kind.VIEW) or (entry.digest and len(entry.digest) != id_bytes):
+        raise FormatError(f"{where}: {entry.kind.name} with a digest of {entry.digest!r:.80}: views have one, nothing else")
     if not entry.has_bytes:
-        if entry.inline is not None or entry.chunks is not None or entry.id_lists is not None:
+        if data is not None or entry.raw_bytes and entry.is_container:
             raise FormatError(f"{where}: {entry.kind.name} carries data and must not")
         return
     count = chunk_count(entry.raw_bytes)
@@ -241,9 +245,16 @@ def _checked(value: Any, kind: type, where: str) -> Any:
     return value
 
 
+def _checked_map(value: Any, where: str) -> dict[str, Any]:
+    """attrs and hints are sorted by key when they are written, and attrs again for the state id."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise FormatError(f"{where}: expected a map with text keys, found {str(value)[:80]}")
+    return value
+
+
 def _checked_count(value: Any, where: str) -> int:
-    if type(value) is not int or value < 0:
-        raise FormatError(f"{where}: expected a length, found {value!r}")
+    if type(value) is not int or not 0 <= value < _LENGTH_MAX:
+        raise FormatError(f"{where}: expected a length, found {str(value)[:80]}")
     return value
 
 

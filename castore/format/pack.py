@@ -370,10 +370,11 @@ def check_row(row: Row, *, where: str) -> None:
     """Bounds that every row obeys, checked before a byte is allocated for it. Raises FormatError."""
     raw_max = GRID_BYTES if row.kind is RecordKind.LEAF else PART_BYTES_MAX
     stored_max = RECORD_STORED_BYTES_MAX if row.kind is RecordKind.LEAF else PART_BYTES_MAX
-    if row.raw_bytes > raw_max or row.stored_bytes > stored_max or (row.depth > 0) != (row.base_id is not None):
+    unequal = not row.chain and row.stored_bytes != row.raw_bytes
+    if row.raw_bytes > raw_max or row.stored_bytes > stored_max or unequal or (row.depth > 0) != (row.base_id is not None):
         raise FormatError(
             f"{where}: chunk {row.chunk_id.hex()} declares {row.stored_bytes} stored and {row.raw_bytes} raw bytes at "
-            f"depth {row.depth}; expected at most {stored_max} and {raw_max}"
+            f"depth {row.depth}, codec chain {row.chain}; expected at most {stored_max} and {raw_max}, equal without codec"
         )
 
 

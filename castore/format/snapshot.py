@@ -46,6 +46,9 @@ SNAPSHOT_MAGIC = b"CASTSNAP"
 _PREFIX = struct.Struct("<8sHB5xQ")
 _TAG = b"castore.snapshot"
 
+TIME_NS_MAX = 253_402_214_400 * 1_000_000_000
+"""The last day of the year 9999: what datetime can show in any time zone."""
+
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "state": str,
     "parents": list,
@@ -143,7 +146,7 @@ def decode_snapshot(data: Buffer, *, where: str, expected_id: SnapshotId | None 
 
 def _unpack_body(body: memoryview, where: str) -> dict[str, Any]:
     try:
-        fields = msgpack.unpackb(body, raw=False, strict_map_key=True, max_buffer_size=SNAPSHOT_BYTES_MAX)
+        fields = msgpack.unpackb(body, raw=False, strict_map_key=True)
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise FormatError(f"{where}: the body is not msgpack: {error}") from error
     if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
@@ -158,8 +161,12 @@ def _record(fields: dict[str, Any], hasher: Hasher, where: str) -> SnapshotRecor
     n, parts = hasher.digest_bytes, fields["parts"]
     if fields["id_bytes"] != n or len(parts) % n:
         raise FormatError(f"{where}: expected part ids of {n} bytes, found {len(parts)} bytes of {fields['id_bytes']}")
-    if not all(isinstance(parent, str) and is_hex(parent) for parent in fields["parents"]):
-        raise FormatError(f"{where}: parents are not snapshot ids: {fields['parents']!r:.80}")
+    if not all(_is_digest(digest, n) for digest in (fields["state"], *fields["parents"])):
+        raise FormatError(f"{where}: state or parents are not ids: {fields['state']!r:.80}, {fields['parents']!r:.80}")
+    if not 0 <= fields["time_ns"] <= TIME_NS_MAX:
+        raise FormatError(f"{where}: time_ns {fields['time_ns']} is no time before the year 10000")
+    if not all(isinstance(key, str) and isinstance(value, int | float) for key, value in fields["metrics"].items()):
+        raise FormatError(f"{where}: metrics are not numbers by name: {fields['metrics']!r:.80}")
     return SnapshotRecord(
         StateId(fields["state"]),
         tuple(SnapshotId(parent) for parent in fields["parents"]),
@@ -177,3 +184,7 @@ def _record(fields: dict[str, Any], hasher: Hasher, where: str) -> SnapshotRecor
         fields["software"],
         fields["nonce"],
     )
+
+
+def _is_digest(text: Any, digest_bytes: int) -> bool:
+    return isinstance(text, str) and len(text) == 2 * digest_bytes and is_hex(text)

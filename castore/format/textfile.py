@@ -42,7 +42,7 @@ def decode_text_file(data: bytes, *, name: str) -> dict[str, Any]:
         raise ChecksumError(f"{name}: expected digest {expected[9:41].decode()}, found {tail[9:41]!r}: the file changed")
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{name}: the first line is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise FormatError(f"{name}: expected a JSON object, found {type(fields).__name__}")

@@ -1,4 +1,5 @@
-"""The guard: a digest of every page that LMDB uses, beside its data file, so that LMDB never maps a damaged one.
+"""The guard: a digest of every page that LMDB uses, beside its data file, so that LMDB never maps a damaged
+one.
 
     index.guard (64 bytes, then 8 for each page; in the machine's own order, as the data file is)
         0   8  magic "CASTGARD"
@@ -12,20 +13,20 @@
        56   8  xxh3-64 of bytes 0-55 and of the digests
        64  8c  xxh3-64 of each page; 0: free, its bytes mean nothing
 
-Why a digest per page and not one of the whole file. LMDB is copy-on-write: a transaction writes only to pages that were
-free before it, to pages behind the last one, and to the metas. So after a save the digests of exactly those pages are
-taken, and the cost follows the change, not the index (measured, 300 chunks into 300 k and 3 M entries: 2 and 3 ms where
-hashing all of it costs 3 and 30). And no page is ever hashed twice: rot between two saves stays visible, where a
-fresh digest of the whole file would bless it. Opening still reads every used page (3 M entries, 330 MB: 75 ms).
+Why a digest per page and not one of the whole file. LMDB is copy-on-write: a transaction writes only to pages
+that were free before it, to pages behind the last one, and to the metas. So after a save the digests of
+exactly those pages are taken, and the cost follows the change, not the index (measured, 300 chunks into 300 k
+and 3 M entries: 2 and 3 ms where hashing all of it costs 3 and 30). And no page is ever hashed twice: rot
+between two saves stays visible, where a fresh digest of the whole file would bless it. Opening still reads
+every used page (3 M entries, 330 MB: 75 ms).
 
-The guard is not synced, and a process killed between LMDB's commit and the guard's write leaves the guard behind: both
-look like damage and cost a rebuild. A transaction is never trusted that no guard vouches for.
+The guard is not synced, and a process killed between LMDB's commit and the guard's write leaves the guard
+behind: both look like damage and cost a rebuild. A transaction is never trusted that no guard vouches for.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import struct
 from array import array
 from collections.abc import Iterable
@@ -35,6 +36,7 @@ from pathlib import Path
 import xxhash
 
 from castore.errors import DamageError, StorageError
+from castore.index.cache_files import open_regular
 from castore.index.lmdb_file import META_PAGES, Meta
 
 GUARD_VERSION = 0
@@ -43,9 +45,6 @@ _HEADER = struct.Struct("=8sHHI16sQQ8xQ")
 _READ_BYTES = 1 << 20
 _FREE = 0
 
-_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-"""A pipe or link that lies in the place of a cache file must neither block nor lead elsewhere."""
-
 
 @dataclass(slots=True)
 class Guard:
@@ -53,7 +52,7 @@ class Guard:
 
     repository_id: bytes
     id_bytes: int
-    page_bytes: int
+    page_bytes: int = 0
     transaction: int = -1
     digests: array[int] = field(default_factory=lambda: array("Q"))
 
@@ -78,6 +77,8 @@ class Guard:
         `free_before` are the free pages of `self.transaction`. Raises DamageError when the file is too short.
         """
         count_before = len(self.digests)
+        if count_before == 0:
+            self.page_bytes = meta.page_bytes
         if meta.page_count < count_before or meta.page_bytes != self.page_bytes:
             raise DamageError(f"the file shrank from {count_before} to {meta.page_count} pages")
         self.transaction = -1  # until all digests are in place
@@ -110,19 +111,25 @@ class Guard:
 
 
 def decode_guard(data: bytes, *, repository_id: bytes, id_bytes: int) -> Guard:
-    """The guard, its claims checked. Raises DamageError when it is damaged, or guards an index of something else."""
+    """The guard, its claims checked. Raises DamageError when it is damaged, or guards an index of something
+    else.
+    """
     if len(data) < _HEADER.size:
         raise DamageError(f"guard: expected at least {_HEADER.size} bytes, found {len(data)}")
     magic, version, width, page_bytes, found_id, transaction, count, _ = _HEADER.unpack_from(data)
     digests = data[_HEADER.size :]
     if (magic, version) != (_MAGIC, GUARD_VERSION):
-        raise DamageError(f"guard: expected magic {_MAGIC!r} version {GUARD_VERSION}, found {magic!r} version {version}")
-    if _sum(data[: _HEADER.size - 8], digests) != data[_HEADER.size - 8 : _HEADER.size] or len(digests) != 8 * count:
+        raise DamageError(
+            f"guard: expected magic {_MAGIC!r} version {GUARD_VERSION}, found {magic!r} version {version}"
+        )
+    if (
+        _sum(data[: _HEADER.size - 8], digests) != data[_HEADER.size - 8 : _HEADER.size]
+        or len(digests) != 8 * count
+    ):
         raise DamageError("guard: the bytes changed after they were written")
     if (found_id, width) != (repository_id, id_bytes):
-        raise DamageError(
-            f"guard: expected repository {repository_id.hex()} with ids of {id_bytes} bytes, found {found_id.hex()}, {width}"
-        )
+        expected, found = f"{repository_id.hex()}/{id_bytes}", f"{found_id.hex()}/{width}"
+        raise DamageError(f"guard: expected repository and width of ids {expected}, found {found}")
     return Guard(found_id, width, page_bytes, transaction, array("Q", digests))
 
 
@@ -137,7 +144,9 @@ def read_guard(path: Path, *, repository_id: bytes, id_bytes: int) -> Guard:
 
 
 def write_guard(path: Path, guard: Guard) -> None:
-    """Write the guard in place: a torn one does not decode, which is what a missing one would mean as well."""
+    """Write the guard in place: a torn one does not decode, which is what a missing one would mean as
+    well.
+    """
     data = guard.encode()
     fd = open_regular(path, os.O_RDWR | os.O_CREAT)
     with os.fdopen(fd, "r+b", buffering=0) as file:
@@ -146,22 +155,10 @@ def write_guard(path: Path, guard: Guard) -> None:
         file.truncate(len(data))
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of a regular file. Raises OSError, or DamageError when something else lies there."""
-    try:
-        fd = os.open(path, flags | _OPEN_FLAGS, 0o666)
-    except OSError as error:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise DamageError(f"{path.name} is not a regular file") from error
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DamageError(f"{path.name} is not a regular file")
-    return fd
-
-
 def _digest_pages(fd: int, start: int, stop: int, *, page_bytes: int) -> array[int]:
-    """Digests of the pages start to stop - 1, read with pread: a short file is an error here, SIGBUS if mapped."""
+    """Digests of the pages start to stop - 1, read with pread: a short file is an error here, SIGBUS if
+    mapped.
+    """
     wanted = (stop - start) * page_bytes
     view = memoryview(os.pread(fd, wanted, start * page_bytes))
     if len(view) != wanted:

@@ -1,6 +1,7 @@
 """The index as a dict: for tests, for read-only mounts, and for whenever the cache directory cannot be used.
 
-About 700 bytes per row, most of it the row itself; an index of a million chunks still fits beside a training job.
+About 700 bytes per row, most of it the row itself; an index of a million chunks still fits beside a training
+job.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class MemoryIndex:
         with self._lock:
             gone = frozenset(packs) & self._chunks.keys()
             for chunk_id in frozenset[ChunkId]().union(*(self._chunks.pop(pack_id) for pack_id in gone)):
-                left = tuple(location for location in self._locations[chunk_id] if location.pack_id not in gone)
+                left = tuple(
+                    location for location in self._locations[chunk_id] if location.pack_id not in gone
+                )
                 if left:
                     self._locations[chunk_id] = left
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from castore.hashing import Hasher
 from castore.ids import PackId
 
 _SCAN_BYTES = 4 * 1024 * 1024
+_MAGICS = re.compile(re.escape(RECORD_MAGIC) + b"|" + re.escape(RUN_MAGIC))
 
 
 def read_header(reader: RangeReader, *, where: str, expected_id: PackId | None = None) -> PackHeader:
@@ -70,6 +72,7 @@ def scan_records(reader: RangeReader, *, where: str, id_bytes: int) -> Iterator[
     Headers are checked, payloads are not. Table and trailer, when they are there, come out as the last gap.
     """
     position, gap_start = HEADER_BYTES, HEADER_BYTES
+    magics = _MagicFinder(reader)
     while position < reader.size_bytes:
         rows, end = _record_at(reader, position, where=where, id_bytes=id_bytes)
         if rows:
@@ -78,7 +81,7 @@ def scan_records(reader: RangeReader, *, where: str, id_bytes: int) -> Iterator[
             yield from rows
             position = gap_start = end
         else:
-            position = _next_magic(reader, position + ALIGN_BYTES)
+            position = magics.next_from(position + ALIGN_BYTES)
     if reader.size_bytes > gap_start:
         yield Gap(gap_start, reader.size_bytes - gap_start)
 
@@ -108,24 +111,23 @@ def _within(rows: list[Row], pack_bytes: int) -> tuple[list[Row], int]:
     return kept, -(-end // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def _next_magic(reader: RangeReader, start: int) -> int:
-    """The next aligned offset from `start` on that holds a record magic; the end of the file when there is none."""
-    while start < reader.size_bytes:
-        block = reader.read(start, min(_SCAN_BYTES, reader.size_bytes - start))
-        candidates = [
-            found for magic in (RECORD_MAGIC, RUN_MAGIC) if (found := _find_aligned(block, magic)) is not None
-        ]
-        if candidates:
-            return start + min(candidates)
-        start += len(block) if len(block) < ALIGN_BYTES else len(block) // ALIGN_BYTES * ALIGN_BYTES
-    return reader.size_bytes
+class _MagicFinder:
+    """Looks for record magics, front to back; keeps its block, so that many false magics do not read it many times."""
 
+    def __init__(self, reader: RangeReader) -> None:
+        self._reader = reader
+        self._start = 0
+        self._block = b""
 
-def _find_aligned(block: bytes, magic: bytes) -> int | None:
-    """The first multiple of 8 where `magic` stands; blocks start on a multiple of 8 themselves."""
-    found = block.find(magic)
-    while found >= 0:
-        if found % ALIGN_BYTES == 0:
-            return found
-        found = block.find(magic, found + 1)
-    return None
+    def next_from(self, offset: int) -> int:
+        """The next aligned offset, from `offset` (aligned) on, that holds a magic; the end of the file when there is none."""
+        end = self._reader.size_bytes
+        while offset < end:
+            if not self._start <= offset < self._start + len(self._block):
+                # Blocks start aligned and are a multiple of 8 long, so no aligned magic straddles two of them.
+                self._start, self._block = offset, self._reader.read(offset, min(_SCAN_BYTES, end - offset))
+            for found in _MAGICS.finditer(self._block, offset - self._start):
+                if (self._start + found.start()) % ALIGN_BYTES == 0:
+                    return self._start + found.start()
+            offset = self._start + len(self._block)
+        return end

@@ -1,10 +1,10 @@
 """An array leaf where it lies in memory, the same for torch and numpy: address, shape, strides, element type.
 
-Saving, alias detection and loading work on this description, so that none of them has to know 45 dtypes. Nothing is read
-or copied here.
+Saving, alias detection and loading work on this description, so that none of them has to know 45 dtypes.
+Nothing is read or copied here.
 
-Strides and addresses are in bytes. Tensors that have no such description (sparse, quantized, nested, meta, subclasses)
-are refused or taken apart before they get here.
+Strides and addresses are in bytes. Tensors that have no such description (sparse, quantized, nested, meta,
+subclasses) are refused or taken apart before they get here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ import numpy as np
 from castore.errors import UnsupportedLeafError
 from castore.tensors.dtypes import Element, numpy_element, torch_element
 from castore.tensors.lazy import require_torch
-from castore.tensors.strided import Words, extent, host_words, is_dense, may_overlap_itself, row_major_stride, word_layout
+from castore.tensors.strided import (
+    Words,
+    extent,
+    host_words,
+    is_dense,
+    may_overlap_itself,
+    row_major_stride,
+    word_layout,
+)
 
 CPU = "cpu"
 Family = Literal["torch", "numpy"]
@@ -89,7 +97,16 @@ class Array:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two arrays that are the same elements of the same memory."""
-        return self.family, self.device, self.address, self.element.name, self.shape, self.stride, self.conj, self.neg
+        return (
+            self.family,
+            self.device,
+            self.address,
+            self.element.name,
+            self.shape,
+            self.stride,
+            self.conj,
+            self.neg,
+        )
 
     def stride_hint(self) -> list[int] | None:
         """Strides in elements if they are worth restoring: dense and not row-major; else None.
@@ -98,7 +115,9 @@ class Array:
         """
         if self.raw_bytes == 0 or self.is_lazy or not self.is_dense:
             return None
-        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(step < 0 for step in self.stride):
+        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(
+            step < 0 for step in self.stride
+        ):
             return None
         if self.family == "numpy" and is_c_order(self):
             return None
@@ -113,7 +132,9 @@ def is_c_order(array: Array) -> bool:
 def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
     """Describe an ndarray. Raises UnsupportedLeafError for element types without fixed bytes."""
     element = numpy_element(value.dtype, path)
-    return Array(value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element)
+    return Array(
+        value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element
+    )
 
 
 def torch_array(value: Any, path: str) -> Array:
@@ -127,12 +148,19 @@ def torch_array(value: Any, path: str) -> Array:
         address, storage_bytes = int(value.data_ptr()), int(storage.nbytes())
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise UnsupportedLeafError(path, _tensor_type(value), f"its memory cannot be reached: {reason}") from error
+        raise UnsupportedLeafError(
+            path, _tensor_type(value), f"its memory cannot be reached: {reason}"
+        ) from error
     needed = int(value.storage_offset()) * size + extent(shape, stride, size)[1]
     if 0 not in shape and needed > storage_bytes:
-        # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation fault.
-        raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
-    return Array(value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg())
+        # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation
+        # fault.
+        raise UnsupportedLeafError(
+            path, _tensor_type(value), "its storage was freed: gather or clone it before saving"
+        )
+    return Array(
+        value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg()
+    )
 
 
 def describe(value: Any, path: str) -> Array:

@@ -1,11 +1,13 @@
-"""Element types: the name that the manifest gives them, their size, and what a codec wants to know about them.
+"""Element types: the name that the manifest gives them, their size, and what a codec wants to know about
+them.
 
     torch   the name without "torch.":  float32  bfloat16  float8_e4m3fn  bool  int4
     numpy   dtype.str, byte order included:  <f4  >f4  |b1  <U12  <M8[ns]
             structured types keep that code and are described by attrs["descr"]:
             [item bytes, aligned, [[name, title or nil, format, shape, offset], …]]   format: a code, or such a list again
 
-numpy's own `dtype.descr` is not used: it cannot express titles with padding, overlapping fields or their order.
+numpy's own `dtype.descr` is not used: it cannot express titles with padding, overlapping fields or their
+order.
 """
 
 from __future__ import annotations
@@ -21,8 +23,16 @@ from castore.errors import FormatError, UnsupportedLeafError
 from castore.format.manifest import Entry
 from castore.tensors.lazy import require_torch
 
-QUANTIZED_STORAGE = {"quint8": "uint8", "qint8": "int8", "qint32": "int32", "quint4x2": "uint8", "quint2x4": "uint8"}
-"""torch's quantized types and the plain type whose bytes they hold; the last two pack 2 and 4 elements in a byte."""
+QUANTIZED_STORAGE = {
+    "quint8": "uint8",
+    "qint8": "int8",
+    "qint32": "int32",
+    "quint4x2": "uint8",
+    "quint2x4": "uint8",
+}
+"""torch's quantized types and the plain type whose bytes they hold; the last two pack 2 and 4 elements in a
+byte.
+"""
 ELEMENTS_PER_BYTE = {"quint4x2": 2, "quint2x4": 4}
 
 _PLANE_BYTES_MAX = 8
@@ -49,7 +59,7 @@ def is_numpy_name(name: str) -> bool:
     return name[:1] in _NUMPY_ORDERS and name != ""
 
 
-# ---- torch -----------------------------------------------------------------------------------------------------
+# ---- torch -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
@@ -58,29 +68,48 @@ def torch_element(dtype: Any) -> Element:
     name = str(dtype).removeprefix("torch.")
     item_bytes = int(dtype.itemsize)
     plane_bytes = item_bytes // 2 if dtype.is_complex else item_bytes
-    return Element(name, item_bytes, min(plane_bytes, _PLANE_BYTES_MAX), bool(dtype.is_floating_point or dtype.is_complex))
+    return Element(
+        name,
+        item_bytes,
+        min(plane_bytes, _PLANE_BYTES_MAX),
+        bool(dtype.is_floating_point or dtype.is_complex),
+    )
 
 
 def torch_dtype(name: str, where: str) -> Any:
-    """The plain torch dtype of that manifest name. Raises FormatError: unknown, quantized, or not its first name."""
+    """The plain torch dtype of that manifest name. Raises FormatError: unknown, quantized, or not its first
+    name.
+    """
     torch = require_torch(where)
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or str(dtype) != f"torch.{name}" or name in QUANTIZED_STORAGE:
-        raise FormatError(f"{where}: torch {torch.__version__} has no dtype {name!r}; a newer torch may have it")
+        raise FormatError(
+            f"{where}: torch {torch.__version__} has no dtype {name!r}; a newer torch may have it"
+        )
     return dtype
 
 
-# ---- numpy -----------------------------------------------------------------------------------------------------
+# ---- numpy -------------------------------------------------------------------------------------------------
 
 
 def numpy_element(dtype: np.dtype[Any], path: str) -> Element:
-    """The element type of a numpy dtype. Raises UnsupportedLeafError for objects and for types of other packages."""
+    """The element type of a numpy dtype. Raises UnsupportedLeafError for objects and for types of other
+    packages.
+    """
     if dtype.hasobject:
-        raise UnsupportedLeafError(path, f"ndarray of {dtype}", "its elements are Python objects: use a list, or a numeric dtype")
+        raise UnsupportedLeafError(
+            path, f"ndarray of {dtype}", "its elements are Python objects: use a list, or a numeric dtype"
+        )
+    if dtype.itemsize == 0 and dtype.kind in "SU":
+        raise UnsupportedLeafError(
+            path, f"ndarray of {dtype.str}", "numpy makes no new arrays of empty text: use a wider type"
+        )
     structured = dtype.names is not None
     descr = _describe(dtype) if structured else None
     if _dtype_from(descr if structured else dtype.str) != dtype:
-        raise UnsupportedLeafError(path, f"ndarray of {dtype}", "numpy cannot name this type by itself: view it as bytes")
+        raise UnsupportedLeafError(
+            path, f"ndarray of {dtype}", "numpy cannot name this type by itself: view it as bytes"
+        )
     kind, item_bytes = dtype.kind, dtype.itemsize
     native = dtype.str[0] != ">"
     plane_bytes = {"c": item_bytes // 2, "U": 4, "S": 1, "V": 1}.get(kind, item_bytes)
@@ -139,8 +168,12 @@ def element_bytes(entry: Entry, where: str) -> int:
 
 
 def checked_raw_bytes(entry: Entry, item_bytes: int, where: str) -> int:
-    """The entry's length, which must agree with its shape before anything is allocated by it. Raises FormatError."""
+    """The entry's length, which must agree with its shape before anything is allocated by it. Raises
+    FormatError.
+    """
     expected = math.prod(entry.shape) * item_bytes
     if entry.raw_bytes != expected:
-        raise FormatError(f"{where}: shape {list(entry.shape)} of {entry.dtype}: expected {expected} bytes, found {entry.raw_bytes}")
+        raise FormatError(
+            f"{where}: shape {list(entry.shape)} of {entry.dtype}: expected {expected} bytes, found {entry.raw_bytes}"
+        )
     return expected

@@ -1,8 +1,8 @@
 """Access to torch that costs nothing until a tensor is really there.
 
-Importing torch takes seconds, and a state without tensors must save where torch is not installed. So this package never
-imports torch at module level: saving looks at what the process has already imported (a tensor cannot exist before its
-library does), and only loading a tensor imports it.
+Importing torch takes seconds, and a state without tensors must save where torch is not installed. So this
+package never imports torch at module level: saving looks at what the process has already imported (a tensor
+cannot exist before its library does), and only loading a tensor imports it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ A payload keeps its value alive. Reading is thread-safe; what is read is what th
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -21,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from castore.errors import UsageError
-from castore.ids import Buffer
 from castore.tensors.arrays import Array, words_on_device, words_on_host
 from castore.tensors.lazy import require_torch
 from castore.tensors.strided import (
@@ -38,8 +36,8 @@ from castore.tensors.strided import (
 class Payload(Protocol):
     """The logical row-major little-endian bytes of one leaf.
 
-    Contract: `read` returns bytes start..stop as a one-dimensional memoryview of format "B"; it may be called from any
-    thread, with any range inside 0..raw_bytes, any number of times.
+    Contract: `read` returns bytes start..stop as a one-dimensional memoryview of format "B"; it may be called
+    from any thread, with any range inside 0..raw_bytes, any number of times.
     """
 
     @property
@@ -97,15 +95,17 @@ class ArrayPayload:
         self._flat = flat_bytes(array)
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Bytes start..stop: the array's own memory where that is row-major and on the host, else a copy of the range."""
+        """Bytes start..stop: the array's own memory where that is row-major and on the host, else a copy of
+        the range.
+        """
         _check_range(start, stop, self.raw_bytes)
         if self._flat is not None:
-            return memoryview(self._flat)[start:stop]
+            return self._flat.data[start:stop]
         if start == stop:
             return memoryview(b"")
         if self.array.on_host and not self.array.is_lazy:
-            return memoryview(gather(words_on_host(self.array), start, stop))
-        return memoryview(_gather_tensor(self.array, start, stop))
+            return gather(words_on_host(self.array), start, stop).data
+        return _gather_tensor(self.array, start, stop).data
 
 
 def flat_bytes(array: Array, *, writable: bool = False) -> Bytes | None:
@@ -146,8 +146,8 @@ def _gather_tensor(array: Array, start: int, stop: int) -> Bytes:
 class HullPayload:
     """The payload of the memory under overlapping views: from the lowest to the highest byte of any of them.
 
-    Bytes that no view covers are not part of the state: they read as zeros, so that they neither leak what else the
-    memory holds nor make an unchanged state look changed.
+    Bytes that no view covers are not part of the state: they read as zeros, so that they neither leak what
+    else the memory holds nor make an unchanged state look changed.
     """
 
     __slots__ = ("_low", "_lock", "_members", "_ready", "is_float", "item_bytes", "raw_bytes")
@@ -168,12 +168,14 @@ class HullPayload:
         with self._lock:
             if self._ready is None:
                 self._ready = self._own_memory() if self._is_covered() else self._assembled()
-        return memoryview(self._ready)[start:stop]
+        return self._ready.data[start:stop]
 
     def _is_covered(self) -> bool:
         """Whether host views without gaps cover the hull together, so that its memory can be read as it is."""
         covered = self._low
-        for low, high in sorted(member.hull for member in self._members if member.is_dense and member.on_host):
+        for low, high in sorted(
+            member.hull for member in self._members if member.is_dense and member.on_host
+        ):
             if low > covered:
                 return False
             covered = max(covered, high)
@@ -188,16 +190,8 @@ class HullPayload:
         base = hull.ctypes.data
         for member in self._members:
             address = base + member.address - self._low
-            target = host_words(address, member.shape, member.stride, member.item_bytes, owner=hull, writable=True)
+            target = host_words(
+                address, member.shape, member.stride, member.item_bytes, owner=hull, writable=True
+            )
             target[...] = words_on_host(member) if member.on_host else words_on_device(member).cpu().numpy()
         return hull
-
-
-def whole(payload: Payload) -> Buffer:
-    """All bytes of a small payload."""
-    return payload.read(0, payload.raw_bytes)
-
-
-def is_empty(shape: Sequence[int]) -> bool:
-    """Whether an array of that shape has no elements."""
-    return math.prod(shape) == 0

@@ -1,11 +1,11 @@
 """Row-major bytes of arrays that lie in memory in any other way, and back.
 
-Bytes are moved as unsigned integers ("words" of 8, 4, 2 or 1 bytes), never as floats or records: a copy through a numeric
-type could quieten a NaN, and numpy's record copies leave out padding.
+Bytes are moved as unsigned integers ("words" of 8, 4, 2 or 1 bytes), never as floats or records: a copy
+through a numeric type could quieten a NaN, and numpy's record copies leave out padding.
 
-A range of row-major elements of a strided array is a few rectangles: a partial row, whole rows, a partial row, the
-partial rows cut in the same way one dimension further in. So a chunk of a transposed matrix is read without copying the
-matrix, in at most 2 * ndim - 1 strided copies.
+A range of row-major elements of a strided array is a few rectangles: a partial row, whole rows, a partial
+row, the partial rows cut in the same way one dimension further in. So a chunk of a transposed matrix is read
+without copying the matrix, in at most 2 * ndim - 1 strided copies.
 
 Strides are in bytes everywhere in this module.
 """
@@ -37,7 +37,13 @@ class _Interface:
 
 
 def memory_array(
-    address: int, shape: Sequence[int], stride: Sequence[int], code: str, *, owner: object, writable: bool = False
+    address: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    code: str,
+    *,
+    owner: object,
+    writable: bool = False,
 ) -> npt.NDArray[Any]:
     """An array over memory that somebody else owns, without a copy. The caller answers for the address."""
     interface = {
@@ -71,11 +77,15 @@ def is_row_major(shape: Sequence[int], stride: Sequence[int], item: int) -> bool
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
-    """Whether the elements fill their hull without gap or overlap: a row-major array with its axes permuted or reversed."""
+    """Whether the elements fill their hull without gap or overlap: a row-major array with its axes permuted
+    or reversed.
+    """
     if 0 in shape:
         return True
     expected = item
-    for step, size in sorted((abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1):
+    for step, size in sorted(
+        (abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1
+    ):
         if step != expected:
             return False
         expected *= size
@@ -83,11 +93,15 @@ def is_dense(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
 
 
 def may_overlap_itself(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
-    """Whether two elements may share memory, as in an expanded tensor. True also where it would take long to find out."""
+    """Whether two elements may share memory, as in an expanded tensor. True also where it would take long to
+    find out.
+    """
     if 0 in shape:
         return False
     span = item
-    for step, size in sorted((abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1):
+    for step, size in sorted(
+        (abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1
+    ):
         if step < span:
             return True
         span = step * (size - 1) + span
@@ -136,7 +150,7 @@ def rectangle_count(shape: Sequence[int], index: Index) -> int:
     return math.prod(sizes) * math.prod(shape[len(index) :])
 
 
-# ---- words ---------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 
 def word_bytes_of(item_bytes: int) -> int:
@@ -144,7 +158,9 @@ def word_bytes_of(item_bytes: int) -> int:
     return next(width for width in (8, 4, 2, 1) if item_bytes % width == 0)
 
 
-def word_layout(shape: Sequence[int], stride: Sequence[int], item_bytes: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def word_layout(
+    shape: Sequence[int], stride: Sequence[int], item_bytes: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Shape, strides and word width of the same memory as words: wide elements get an axis of their own."""
     width = word_bytes_of(item_bytes)
     if item_bytes == width and shape:
@@ -153,11 +169,24 @@ def word_layout(shape: Sequence[int], stride: Sequence[int], item_bytes: int) ->
 
 
 def host_words(
-    address: int, shape: Sequence[int], stride: Sequence[int], item_bytes: int, *, owner: object, writable: bool = False
+    address: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    item_bytes: int,
+    *,
+    owner: object,
+    writable: bool = False,
 ) -> Words:
     """An array in host memory as words, without a copy."""
     word_shape, word_stride, width = word_layout(shape, stride, item_bytes)
-    return memory_array(address, word_shape, word_stride, f"|u{width}" if width == 1 else f"<u{width}", owner=owner, writable=writable)
+    return memory_array(
+        address,
+        word_shape,
+        word_stride,
+        f"|u{width}" if width == 1 else f"<u{width}",
+        owner=owner,
+        writable=writable,
+    )
 
 
 def gather(words: Words, start: int, stop: int) -> Bytes:

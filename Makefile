@@ -1,0 +1,52 @@
+# One-word tasks; each makes the environment that it needs. PYTHON selects the interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# castore itself is a path given to pip, so that its sources are used in place
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    kill a fine-tuning run in the middle of a save, and resume it bit for bit (2 minutes)"
+	@echo "make test    linters, types, layers, tests"
+	@echo "make lint    all of that but the tests"
+	@echo "make format  rewrite the sources in the one format"
+	@echo "make bench   measure castore and its peers, and write bench/RESULTS.md"
+	@echo "make clean   remove the environment and everything that was built or run"
+
+demo: $(VENV)/.demo
+	$(BIN)/python tools/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench
+
+# ---- environments: one folder, filled as far as a task needs; stamps say what is in it
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "castore needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "installing castore[$*] into $(VENV); PyTorch makes this take some minutes the first time"
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs bench/cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

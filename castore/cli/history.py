@@ -1,0 +1,346 @@
+"""`castore log`, `castore branch` and `castore tag`.
+
+History is read from ref and snapshot files alone, one by one, so that a damaged one costs its own line and no others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from castore.cli.command import App, command, snapshot_fields
+from castore.cli.exits import Exit
+from castore.cli.graph import Node, draw, newest_first
+from castore.cli.render import Table, age, clean, local_time, metrics_text, plural, size
+from castore.errors import DamageError, FormatError, UnknownRefError, UsageError
+from castore.format.layout import BRANCHES, TAGS, decode_ref_name
+from castore.ids import SnapshotId
+from castore.refs import Ref, read_branch, read_tag, resolve
+from castore.snapshots import Snapshot, list_snapshot_ids
+
+if TYPE_CHECKING:
+    from castore.api import Repository
+
+ID_DIGITS = 10
+"""Of the ids that people are shown: unique in any repository that a person can read the log of."""
+
+RefKind = Literal["branch", "tag"]
+
+
+@dataclass(frozen=True, slots=True)
+class Refs:
+    """Every ref that can be read, and the file names of those that cannot."""
+
+    branches: list[Ref] = field(default_factory=list)
+    tags: list[Ref] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    """File name → what is wrong."""
+
+    def names_of(self, snapshot_id: SnapshotId) -> list[str]:
+        """What decorates a snapshot: branches, then "tag: NAME"."""
+        names = [ref.name for ref in self.branches if ref.snapshot_id == snapshot_id]
+        return names + [f"tag: {ref.name}" for ref in self.tags if ref.snapshot_id == snapshot_id]
+
+
+def read_refs(repository: Repository) -> Refs:
+    """All branches and tags, by name; damage is noted and not raised."""
+    refs = Refs()
+    backend = repository.handle.backend
+    for prefix, found, read in ((BRANCHES, refs.branches, read_branch), (TAGS, refs.tags, read_tag)):
+        for info in backend.list(prefix):
+            try:
+                name = decode_ref_name(info.name.removeprefix(prefix))
+                snapshot_id = read(backend, name)
+            except DamageError as error:
+                refs.damaged[info.name] = str(error)
+                continue
+            if snapshot_id is not None:
+                found.append(Ref(name, snapshot_id, info.modified_ns))
+    return refs
+
+
+# ---- log -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One snapshot that history names: there, gone, or damaged."""
+
+    id: SnapshotId
+    snapshot: Snapshot | None
+    damage: str = ""
+
+    @property
+    def parents(self) -> tuple[SnapshotId, ...]:
+        """Empty when the snapshot cannot be read."""
+        return self.snapshot.parents if self.snapshot else ()
+
+
+@command(
+    "log",
+    examples="""
+castore log                    the history of main
+castore log exp/lr@1200 -n 5   five snapshots back from step 1200
+castore log --all              every branch and tag, as a graph
+castore log --orphans          what no branch or tag reaches
+castore log --json | jq -r '.snapshots[].id'
+""",
+)
+@click.argument("ref", required=False)
+@click.option("--all", "-a", "everything", is_flag=True, help="All branches and tags, as a graph.")
+@click.option("--orphans", is_flag=True, help="Only snapshots that no ref reaches; with --all, those too.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), metavar="COUNT", help="Show at most COUNT snapshots.")
+def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limit: int | None) -> int | None:
+    """List snapshots, newest first, from REF (default: main) along first parents.
+
+    A line shows the id, the step, the time, the raw bytes that were new and what they took in packs, the metrics, the
+    branches and tags, and the message. A parent that was dropped is shown as gone.
+    """
+    if ref is not None and (everything or orphans):
+        raise UsageError("give either REF, or --all and --orphans, which look at every ref")
+    with app.open() as repository:
+        refs = read_refs(repository)
+        if everything or orphans:
+            reached, unreached = _everything(repository, refs)
+            chosen = (reached if everything else {}) | (unreached if orphans else {})
+            entries = iter(_ordered(chosen))
+        else:
+            entries = _line_of(repository, resolve(repository.handle.backend, ref or "main"))
+        if app.as_json:
+            return _log_json(app, entries, refs, limit)
+        for name, problem in refs.damaged.items():
+            app.note(f"damaged ref {name}: {clean(problem)}")
+        damaged = _log_text(app, entries, refs, limit, graph=everything or orphans)
+        return Exit.DAMAGE if damaged or refs.damaged else None
+
+
+def _log_json(app: App, entries: Iterator[LogEntry], refs: Refs, limit: int | None) -> int | None:
+    snapshots: list[dict[str, Any]] = []
+    gone: list[str] = []
+    damaged: dict[str, str] = {}
+    for entry in entries:
+        if entry.snapshot is not None:
+            if len(snapshots) == limit:
+                break
+            names = {"branches": refs.branches, "tags": refs.tags}
+            at = {kind: [ref.name for ref in found if ref.snapshot_id == entry.id] for kind, found in names.items()}
+            snapshots.append(snapshot_fields(entry.snapshot) | {"refs": at})
+        elif entry.damage:
+            damaged[entry.id] = entry.damage
+        else:
+            gone.append(entry.id)
+    app.document({"snapshots": snapshots, "gone": gone, "damaged": damaged, "damaged_refs": refs.damaged})
+    return Exit.DAMAGE if damaged or refs.damaged else None
+
+
+def _log_text(app: App, entries: Iterable[LogEntry], refs: Refs, limit: int | None, *, graph: bool) -> bool:
+    """Print the lines; whether anything was damaged."""
+    now_s = time.time()
+    shown, any_damage = 0, False
+    for before, prefix, entry in _with_graph(entries) if graph else (([], "*", entry) for entry in entries):
+        if shown == limit:
+            break
+        shown += entry.snapshot is not None
+        any_damage |= bool(entry.damage)
+        for line in before:
+            app.line(line)
+        app.line(f"{prefix} {_log_line(app, entry, refs, now_s)}".rstrip())
+    if not shown and not any_damage:
+        app.note("no snapshots")
+    return any_damage
+
+
+def _with_graph(entries: Iterable[LogEntry]) -> Iterator[tuple[list[str], str, LogEntry]]:
+    by_id = {str(entry.id): entry for entry in entries}
+    nodes = [_node(entry) for entry in by_id.values()]
+    for node, (before, prefix, _) in zip(nodes, draw(nodes), strict=True):
+        yield before, prefix, by_id[node.id]
+
+
+def _log_line(app: App, entry: LogEntry, refs: Refs, now_s: float) -> str:
+    short = app.style(entry.id[:ID_DIGITS], fg="yellow")
+    names = refs.names_of(entry.id)
+    decoration = app.style(f"({clean(', '.join(names))})", fg="green") if names else ""
+    snapshot = entry.snapshot
+    if snapshot is None:
+        what = app.style(f"damaged: {clean(entry.damage)}", fg="red") if entry.damage else "gone"
+        return "  ".join(filter(None, (short, decoration, what)))
+    step = "-" if snapshot.step is None else str(snapshot.step)
+    when = f"{local_time(snapshot.created_at)} ({age(snapshot.created_at, now_s)})"
+    cost = f"new {size(snapshot.new_bytes):>9}, stored {size(snapshot.stored_bytes):>9}"
+    pieces = (
+        short,
+        f"step {step:<6}",
+        f"{when:<28}",
+        cost,
+        metrics_text(snapshot.metrics),
+        decoration,
+        clean(snapshot.message.partition("\n")[0]),
+    )
+    return "  ".join(piece for piece in pieces if piece)
+
+
+def _line_of(repository: Repository, start: SnapshotId) -> Iterator[LogEntry]:
+    """A snapshot and its first parents, read as they are asked for."""
+    current: SnapshotId | None = start
+    while current is not None:
+        entry = _read(repository, current)
+        yield entry
+        current = entry.parents[0] if entry.parents else None
+
+
+def _everything(repository: Repository, refs: Refs) -> tuple[dict[str, LogEntry], dict[str, LogEntry]]:
+    """What the refs reach, and the rest; parents that are gone go with the first."""
+    reached: dict[str, LogEntry] = {}
+    pending = [ref.snapshot_id for ref in (*refs.branches, *refs.tags)]
+    while pending:
+        snapshot_id = pending.pop()
+        if snapshot_id not in reached:
+            reached[snapshot_id] = _read(repository, snapshot_id)
+            pending.extend(reached[snapshot_id].parents)
+    others = [found for found in list_snapshot_ids(repository.handle.backend) if found not in reached]
+    return reached, {found: _read(repository, found) for found in others}
+
+
+def _ordered(entries: dict[str, LogEntry]) -> list[LogEntry]:
+    return [entries[node.id] for node in newest_first({key: _node(entry) for key, entry in entries.items()})]
+
+
+def _node(entry: LogEntry) -> Node:
+    # What cannot be read has no time: it comes after whatever names it.
+    time_ns = int(entry.snapshot.created_at.timestamp() * 1e9) if entry.snapshot else 0
+    return Node(entry.id, entry.parents, time_ns)
+
+
+def _read(repository: Repository, snapshot_id: SnapshotId) -> LogEntry:
+    try:
+        return LogEntry(snapshot_id, repository.snapshot(snapshot_id))
+    except UnknownRefError:
+        return LogEntry(snapshot_id, None)
+    except DamageError as error:
+        return LogEntry(snapshot_id, None, str(error))
+
+
+# ---- branch and tag ------------------------------------------------------------------------------------------------
+
+
+@command(
+    "branch",
+    examples="""
+castore branch                         list them
+castore branch exp/lr main@1200        fork at step 1200; costs no bytes
+castore branch --move main 3f2a81c0    put main back to an earlier snapshot
+castore branch --delete exp/lr
+""",
+)
+@click.argument("name", required=False)
+@click.argument("ref", required=False)
+@click.option("-d", "--delete", is_flag=True, help="Delete branch NAME; its snapshots stay as orphans for a while.")
+@click.option("--move", is_flag=True, help="Move branch NAME, which may exist, to REF.")
+def branch_command(app: App, name: str | None, ref: str | None, delete: bool, move: bool) -> int | None:
+    """List branches, or make branch NAME at REF (default: main)."""
+    if name is None and (delete or move):
+        raise UsageError("give the NAME of the branch")
+    if delete and (move or ref):
+        raise UsageError("--delete takes the NAME of a branch and nothing else")
+    if move and ref is None:
+        raise UsageError("--move takes the NAME of a branch and the REF it shall be at")
+    with app.open() as repository:
+        if name is None:
+            return _list_refs(app, repository, "branch")
+        if delete:
+            repository.delete_branch(name)
+            return _deleted(app, "branch", name)
+        return _made(app, "branch", repository.branch(name, at=ref or "main", move=move))
+
+
+@command(
+    "tag",
+    examples="""
+castore tag                  list them
+castore tag best             name the newest snapshot of main
+castore tag v1 main@1200
+castore tag --delete v1
+""",
+)
+@click.argument("name", required=False)
+@click.argument("ref", required=False)
+@click.option("-d", "--delete", is_flag=True, help="Delete tag NAME.")
+def tag_command(app: App, name: str | None, ref: str | None, delete: bool) -> int | None:
+    """List tags, or name the snapshot at REF (default: main) for good: tags never move."""
+    if name is None and delete:
+        raise UsageError("give the NAME of the tag")
+    if delete and ref:
+        raise UsageError("--delete takes the NAME of a tag and nothing else")
+    with app.open() as repository:
+        if name is None:
+            return _list_refs(app, repository, "tag")
+        if delete:
+            repository.delete_tag(name)
+            return _deleted(app, "tag", name)
+        return _made(app, "tag", repository.tag(name, at=ref or "main"))
+
+
+def _made(app: App, kind: RefKind, ref: Ref) -> None:
+    if app.as_json:
+        app.document({"kind": kind, "name": ref.name, "snapshot": ref.snapshot_id})
+    else:
+        app.line(f"{kind} {clean(ref.name)} is at {ref.snapshot_id[:ID_DIGITS]}")
+
+
+def _deleted(app: App, kind: RefKind, name: str) -> None:
+    if app.as_json:
+        app.document({"kind": kind, "deleted": name})
+    else:
+        app.line(f"{kind} {clean(name)} deleted")
+
+
+def _list_refs(app: App, repository: Repository, kind: RefKind) -> int | None:
+    refs = read_refs(repository)
+    found = refs.branches if kind == "branch" else refs.tags
+    prefix = BRANCHES if kind == "branch" else TAGS
+    damaged = {name: problem for name, problem in refs.damaged.items() if name.startswith(prefix)}
+    entries = [(ref, _read(repository, ref.snapshot_id)) for ref in found]
+    if app.as_json:
+        rows = [_ref_fields(ref, entry) for ref, entry in entries]
+        app.document({"branches" if kind == "branch" else "tags": rows, "damaged_refs": damaged})
+    elif not entries and not damaged:
+        app.note(f"no {plural(2, kind, 'branches' if kind == 'branch' else 'tags').partition(' ')[2]}")
+    else:
+        _draw_refs(app, entries, damaged)
+    return Exit.DAMAGE if damaged or any(entry.damage for _, entry in entries) else None
+
+
+def _ref_fields(ref: Ref, entry: LogEntry) -> dict[str, Any]:
+    snapshot = entry.snapshot
+    return {
+        "name": ref.name,
+        "snapshot": ref.snapshot_id,
+        "moved_at": datetime.fromtimestamp(ref.time_ns / 1e9, UTC).isoformat(),
+        "step": snapshot.step if snapshot else None,
+        "state": "ok" if snapshot else "damaged" if entry.damage else "gone",
+    }
+
+
+def _draw_refs(app: App, entries: list[tuple[Ref, LogEntry]], damaged: dict[str, str]) -> None:
+    table = Table(("NAME", "SNAPSHOT", ">STEP", "SAVED", "MESSAGE"))
+    for ref, entry in entries:
+        snapshot = entry.snapshot
+        if snapshot is None:
+            table.add(ref.name, ref.snapshot_id[:ID_DIGITS], "", "", f"damaged: {entry.damage}" if entry.damage else "gone")
+            continue
+        step = "" if snapshot.step is None else str(snapshot.step)
+        message = snapshot.message.partition("\n")[0]
+        table.add(ref.name, ref.snapshot_id[:ID_DIGITS], step, local_time(snapshot.created_at), message)
+    for file_name, problem in damaged.items():
+        try:
+            name = decode_ref_name(file_name.rpartition("/")[2])
+        except FormatError:
+            name = file_name
+        table.add(name, "", "", "", f"damaged: {problem}")
+    app.table(table)

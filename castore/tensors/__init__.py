@@ -1,0 +1,34 @@
+"""Training state ↔ entries and bytes. The only low layer that knows torch, and it never imports it unasked.
+
+save    flatten(state) → FlatState: entries, and a Payload of bytes for each leaf
+load    allocate(entry) → value and Target, or decode_value(entry, bytes); then unflatten(entries, values) → state
+part    select(entries, keep), slice_rows(entry, start, stop)
+into    match(flatten(live), entries) → Match: fill its pairs through live_target, then assign(live, match, values)
+"""
+
+from castore.tensors.flatten import FlatState, flatten
+from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
+from castore.tensors.payloads import Payload
+from castore.tensors.scalars import decode_value
+from castore.tensors.targets import ARRAY_KINDS, Target, allocate, live_target
+from castore.tensors.unflatten import make_view, select, slice_rows, unflatten
+
+__all__ = [
+    "ARRAY_KINDS",
+    "FlatState",
+    "Match",
+    "Pair",
+    "Payload",
+    "Target",
+    "allocate",
+    "assign",
+    "assign_scalars",
+    "decode_value",
+    "flatten",
+    "live_target",
+    "make_view",
+    "match",
+    "select",
+    "slice_rows",
+    "unflatten",
+]
