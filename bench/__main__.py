@@ -7,9 +7,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import peers, report, workloads
 from bench.run import Settings, make_states, run
+from bench.targets import OWN
 from bench.train.cache import default_directory
 
 HOME = Path(__file__).parent
@@ -17,7 +19,7 @@ REPEAT = 5
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 when every contestant finished with bit-equal states, 1 otherwise, 2 for bad usage."""
+    """0 when all finished and castore gave back every bit, 1 otherwise, 2 for bad usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
     chosen = _names(parser, "workload", options.workloads, workloads.WORKLOADS, workloads.DEFAULT_WORKLOADS)
@@ -30,6 +32,7 @@ def main(arguments: Sequence[str]) -> int:
         contestants=contestants,
         repeat=1 if options.quick else options.repeat,
         cold=options.cold,
+        warm_memory=options.memory == "warm",
         cache=options.cache,
         scratch=options.scratch or options.cache / "scratch",
         command=arguments,
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.write_results:
         (HOME / "RESULTS.md").write_text(text)
         (HOME / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    return 0 if _all_equal(results) else 1
+    return 0 if _sound(results) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one repetition")
     parser.add_argument(
         "--cold", action=argparse.BooleanOptionalAction, default=True, help="also load with a cold page cache"
+    )
+    parser.add_argument(
+        "--memory",
+        choices=("as-is", "warm"),
+        default="as-is",
+        help="warm: touch and free memory before each measurement, for virtual machines that take free memory back",
     )
     parser.add_argument("--prepare", action="store_true", help="only train what the workloads need")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement")
@@ -95,9 +104,13 @@ def _names(
     return names
 
 
-def _all_equal(results: dict[str, dict[str, dict[str, dict[str, list[dict[str, str]]]]]]) -> bool:
-    trials = [t for w in results["workloads"].values() for ts in w["trials"].values() for t in ts]
-    return all(t["equal"] == "yes" and not t["error"] for t in trials)
+def _sound(results: dict[str, Any]) -> bool:
+    return all(
+        not trial["error"] and (trial["equal"] == "yes" or not name.startswith(OWN))
+        for workload in results["workloads"].values()
+        for name, trials in workload["trials"].items()
+        for trial in trials
+    )
 
 
 def _log(message: str) -> None:

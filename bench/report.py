@@ -118,9 +118,10 @@ def _measured(results: dict[str, Any]) -> Measured:
 METHOD = """\
 Shares are of the raw bytes of all tensors. *Later* figures are means over the later saves. *Durable* is
 after fsync. *Load* opens the store and reads the newest state completely; *cold* means with its files
-dropped from the page cache. *Peak* is the highest resident size above that before the store was opened:
-what a contestant keeps between saves counts, and for a load the loaded state counts too.
-`bench/peers.py` says how each contestant is used, `bench/workloads.py` what is saved."""
+dropped from the page cache. safetensors and castore_none only map their files in a load: most is read at
+the first touch, which is not in these figures. *Peak* is the highest resident size above that before the
+store was opened: what a contestant keeps between saves counts, and for a load the loaded state counts
+too. `bench/peers.py` says how each contestant is used, `bench/workloads.py` what is saved."""
 
 
 def _about(about: dict[str, Any]) -> str:
@@ -131,7 +132,7 @@ Measured on {about["date"]} with `{about["command"]}`: medians of {about["repeat
 within each repetition, every repetition in a fresh directory on a disk.
 
 - Machine: {machine["processor"]}, {machine["cores"]} cores, {machine["memory_bytes"] / 2**30:.0f} GiB
-- System: {machine["system"]}, {machine["file_system"]}; load average at the end {machine["load_average"]:.1f}
+- System: {machine["system"]}, {machine["file_system"]}; memory {about["memory"]}; load average at the end {machine["load_average"]:.1f}
 - Versions: {versions}; torch uses {machine["torch_threads"]} threads
 
 {METHOD}"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from bench.train import cache
 from bench.train.loop import THREADS
 from bench.workloads import LEAF, WORKLOADS, Probe, Step, Trial, Workload
 
+WARM_COPIES = 4
+"""Copies of the state that a save or load takes at most, files in the page cache included."""
+
 Results = dict[str, Any]
 """As written to JSON: `about`, and under `workloads` raw bytes, floors and the trials of each contestant."""
 
@@ -33,6 +37,7 @@ class Settings:
     contestants: Sequence[str]
     repeat: int
     cold: bool
+    warm_memory: bool
     cache: Path
     scratch: Path
     command: Sequence[str]
@@ -73,9 +78,9 @@ def _workload(
     for repetition in range(settings.repeat):
         with measure.fresh_directory(settings.scratch) as directory:
             copy_s = measure.copy_seconds(steps[-1].state)
+            measure.warm_memory(_warm_bytes(steps, settings))
             floors.append({"copy_s": copy_s, "write_s": measure.write_seconds(steps[-1].state, directory)})
-        turn = repetition % max(len(contestants), 1)  # nobody is always first
-        for contestant in [*contestants[turn:], *contestants[:turn]]:
+        for contestant in _shuffled(contestants, repetition):
             trial = _trial(workload, steps, contestant, settings)
             trials[contestant.name].append(asdict(trial))
             log(f"{name} {repetition + 1}/{settings.repeat} {contestant.name}: {_one_line(trial)}")
@@ -88,12 +93,23 @@ def _workload(
     }
 
 
+def _shuffled(contestants: Sequence[type[Contestant]], repetition: int) -> list[type[Contestant]]:
+    """Another order in each repetition, the same in each run: nobody is always first, or always after the same one."""
+    order = list(contestants)
+    random.Random(repetition).shuffle(order)
+    return order
+
+
+def _warm_bytes(steps: Sequence[Step], settings: Settings) -> int:
+    return WARM_COPIES * raw_bytes(steps[-1].state) if settings.warm_memory else 0
+
+
 def _trial(workload: Workload, steps: Sequence[Step], cls: type[Contestant], settings: Settings) -> Trial:
     trial = Trial()
     with measure.fresh_directory(settings.scratch) as directory:
         contestant = cls(directory)
         measure.settle()
-        probe = Probe(contestant, directory, settings.cold)
+        probe = Probe(contestant, directory, settings.cold, _warm_bytes(steps, settings))
         try:
             contestant.open()
             workload.measured(steps, probe, trial)
@@ -120,6 +136,7 @@ def _about(settings: Settings, contestants: Sequence[type[Contestant]], file_sys
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "bench", *settings.command]),
         "repeat": settings.repeat,
+        "memory": "warm" if settings.warm_memory else "as it is",
         "contestants": [contestant.name for contestant in contestants],
         "machine": {
             "processor": _processor(),

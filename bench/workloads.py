@@ -96,6 +96,9 @@ class Probe:
     contestant: Contestant
     directory: Path
     cold: bool
+    """Also read with the files dropped from the page cache."""
+    warm_bytes: int
+    """Memory to touch before each measurement; see `measure.warm_memory`."""
     base_bytes: int = field(default_factory=measure.resident_bytes)
 
     def save(self, target: Step, *, previous: Step | None = None) -> Save:
@@ -108,6 +111,7 @@ class Probe:
             call_s = measure.timed(lambda: self.contestant.save(target.state, step=target.step))
             self.contestant.wait()
 
+        measure.warm_memory(self.warm_bytes)
         with measure.PeakMemory() as memory:
             durable_s = measure.timed(save_and_wait)
         return Save(
@@ -132,6 +136,7 @@ class Probe:
             self.contestant.open()
             results.append(call())
 
+        measure.warm_memory(self.warm_bytes)
         with measure.PeakMemory() as memory:
             seconds = measure.timed(open_and_call)
         disk_bytes = _difference(measure.disk_read_bytes(), read_before)

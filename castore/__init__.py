@@ -1,7 +1,7 @@
 """castore: git for training state.
 
-A content-addressed, incremental checkpoint store. Names are loaded on first use, so that `import castore` costs little and
-never imports torch.
+A content-addressed, incremental checkpoint store. Names are loaded on first use, so that `import castore` costs little
+and never imports torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from castore.api import Repository, init, load, save
-    from castore.api import open_ as open  # noqa: A004  castore.open, as in gzip.open
+    from castore.api import open_ as open
     from castore.errors import (
         AmbiguousRefError,
         CastoreError,

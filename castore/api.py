@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from castore.errors import RepositoryNotFoundError
-from castore.options import Compression, HashName, RepositoryOptions
-from castore.repository import Handle, create, open_repository
 from castore.ids import SnapshotId
+from castore.options import Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
+from castore.repository import Handle, create, open_repository
 from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
 
 Progress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ class Repository:
         """Close files and the index. Using the object again opens them again."""
         self._handle.close()
 
-    def __enter__(self) -> Repository:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,16 +85,18 @@ class Repository:
         """Save a training state as a new snapshot and move the branch to it.
 
         Args:
-            state: any nesting of dict, list, tuple, namedtuple, dataclass and OrderedDict around tensors, arrays, numbers,
+            state: any nesting of dict, list, tuple, namedtuple, dataclass and OrderedDict around tensors, arrays,
+            numbers,
                 text, bytes and None. It is read in place, not copied, and must not change until this returns.
             branch: made when it does not exist.
             metrics: numbers to choose snapshots by. metadata: any JSON. tags: names that must be free.
-            parent: a ref to continue from, whatever the branch's head is now. By default the save continues the head that
+            parent: a ref to continue from, whatever the branch's head is now. By default the save continues the head
+            that
                 this object last saved, loaded or found, and raises ConflictError when somebody moved it since.
             allow_pickle: store values without a typed encoding as pickles; loading them needs allow_pickle too.
 
-        Blocks until the snapshot is durable. Raises UnsupportedLeafError, UsageError, ConflictError (the snapshot is kept
-        as an orphan), RefExistsError, NoSpaceError, StorageError; after any of them the branch is where it was.
+        Blocks until the snapshot is durable. Raises UnsupportedLeafError, UsageError, ConflictError (the snapshot is
+        kept as an orphan), RefExistsError, NoSpaceError, StorageError; after any of them the branch is where it was.
         """
         from castore.checkpoint.save import SaveRequest, save
 
@@ -121,7 +123,8 @@ class Repository:
         Args:
             paths: globs of leaf paths (`model/encoder.*/**`); the rest is neither read nor returned, and a list, tuple,
                 namedtuple or dataclass that lost an item comes back as a dict.
-            into: a live state whose tensors and arrays are filled in place, after every path, shape and dtype was compared.
+            into: a live state whose tensors and arrays are filled in place, after every path, shape and dtype was
+            compared.
                 Other values are replaced where their container is mutable. The returned state holds the live tensors.
             strict: with `into`, whether leaves that only one side has are an error; False loads what both have.
             device: where tensors go; by default to the CPU. `into` tensors stay where they are.
@@ -140,7 +143,9 @@ class Repository:
         snapshot_id = self._resolve(ref)
         return load(self._handle, snapshot_id, request, into=into, progress=progress)
 
-    def read(self, ref: str, path: str, *, rows: slice | None = None, verify: bool = True, allow_pickle: bool = False) -> Any:
+    def read(
+        self, ref: str, path: str, *, rows: slice | None = None, verify: bool = True, allow_pickle: bool = False
+    ) -> Any:
         """One leaf of a snapshot, or a range of rows along its first axis; reads only the chunks that hold it.
 
         `path` is the leaf's path as `castore show` prints it. `rows` takes a slice with step 1 and works as in numpy.
@@ -174,7 +179,15 @@ class Repository:
 
         return [self._snapshot(snapshot_id) for snapshot_id in orphan_ids(self._handle)]
 
-    def diff(self, a: str, b: str, *, paths: Sequence[str] | None = None, values: bool = True, progress: Progress | None = None) -> Any:
+    def diff(
+        self,
+        a: str,
+        b: str,
+        *,
+        paths: Sequence[str] | None = None,
+        values: bool = True,
+        progress: Progress | None = None,
+    ) -> Any:
         """What changed from `a` to `b`, leaf by leaf.
 
         `values=True` reads the changed leaves and compares them as numbers (largest absolute difference, relative L2,
@@ -272,7 +285,7 @@ class Repository:
 def init(
     path: PathLike,
     *,
-    hash: HashName = "xxh3-128",  # noqa: A002  the word that people look for
+    hash: HashName = "xxh3-128",
     compression: Compression = "auto",
     lease_s: float = 60.0,
     orphan_grace_s: float = 14 * 24 * 3600.0,
@@ -284,7 +297,7 @@ def init(
     MissingExtraError (blake3) or RepositoryAccessError.
     """
     options = RepositoryOptions(hash, compression, float(lease_s), float(orphan_grace_s))
-    return Repository(path, create(path, options))
+    return Repository(path, create(Path(path), options))
 
 
 def open_(path: PathLike, *, create: bool = False) -> Repository:
@@ -293,7 +306,7 @@ def open_(path: PathLike, *, create: bool = False) -> Repository:
     Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
     """
     try:
-        return Repository(path, open_repository(path))
+        return Repository(path, open_repository(Path(path)))
     except RepositoryNotFoundError:
         if not create:
             raise

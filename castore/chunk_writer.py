@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from castore.backend.base import Backend
-from castore.codec.base import PLAIN, Elements
+from castore.codec.base import Elements
 from castore.codec.chooser import Encoded, encode_chunk
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, RecordKind
@@ -64,9 +64,9 @@ class ChunkWriter:
         future = self._pool.submit(self._encode, chunk_id, read, elements)
         self._pending.append(_Pending(chunk_id, kind, raw_bytes, future))
 
-    def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind) -> None:
-        """Schedule a chunk that is already in memory (manifest parts, id lists)."""
-        self.put(chunk_id, lambda: raw, raw_bytes=len(raw), elements=PLAIN, kind=kind)
+    def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind, elements: Elements) -> None:
+        """Schedule a chunk that is already in memory."""
+        self.put(chunk_id, lambda: raw, raw_bytes=len(raw), elements=elements, kind=kind)
 
     def put_run(self, chunks: Sequence[tuple[ChunkId, ReadRaw]], *, kind: RecordKind, payload_bytes: int) -> None:
         """Append a whole raw leaf as one run, so that it can be mapped."""

@@ -31,7 +31,8 @@ CastoreError
     ├── NoSpaceError               the disk is full; nothing was committed
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
 
-A message says where, what was expected, what was found, and the next step. Errors pickle and carry their facts as attributes.
+A message says where, what was expected, what was found, and the next step. Errors pickle and carry their facts as
+attributes.
 """
 
 from __future__ import annotations
@@ -43,13 +44,17 @@ class CastoreError(Exception):
     """Base of everything that castore raises on purpose."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.args, self.__dict__))
+        attributes = self.__dict__
+        if isinstance(self, OSError):  # its errno is no part of __dict__
+            attributes = {**attributes, "errno": self.errno}
+        return (_rebuild, (type(self), self.args, attributes))
 
 
 def _rebuild(cls: type[CastoreError], args: tuple[object, ...], attributes: dict[str, object]) -> CastoreError:
     error = cls.__new__(cls, *args)
     Exception.__init__(error, *args)
-    error.__dict__.update(attributes)
+    for name, value in attributes.items():
+        setattr(error, name, value)
     return error
 
 
@@ -154,7 +159,9 @@ class PathNotFoundError(CastoreError, KeyError):
 class StateMismatchError(CastoreError):
     """The live state and the snapshot do not fit together; nothing was touched."""
 
-    def __init__(self, message: str, *, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]) -> None:
+    def __init__(
+        self, message: str, *, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
+    ) -> None:
         super().__init__(message)
         self.missing = tuple(missing)
         """Paths that the live state has and the snapshot lacks."""

@@ -1,8 +1,8 @@
 """Leases and the condemned set: how writers and the collector stay out of each other's way.
 
-Everything that adds a root (save, branch, tag) holds a writer lease from before its first look-up until it has reported.
-The lease is a claim of the backend: on one host the operating system holds it, so it ends with the process, however that
-ends, and never before. Condemned packs are never deduplicated into; condemnation is irrevocable.
+Everything that adds a root (save, branch, tag) holds a writer lease from before its first look-up until it has
+reported. The lease is a claim of the backend: on one host the operating system holds it, so it ends with the process,
+however that ends, and never before. Condemned packs are never deduplicated into; condemnation is irrevocable.
 
 Lease file (textfile.py):       {"boot": str, "host": str, "pid": int, "purpose": str, "started_ns": int}
 Condemned file (textfile.py):   {"condemned_ns": int, "packs": [pack id, …]}
@@ -42,7 +42,13 @@ class LeaseInfo:
 @contextmanager
 def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[None]:
     """Hold a writer lease for the block. Raises LeaseError or StorageError when it cannot be taken."""
-    fields = {"purpose": purpose, "host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid(), "started_ns": now_ns}
+    fields = {
+        "purpose": purpose,
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "pid": os.getpid(),
+        "started_ns": now_ns,
+    }
     claim = backend.claim(new_lease_name(), encode_text_file(fields))
     try:
         yield
@@ -56,8 +62,10 @@ def list_leases(backend: Backend) -> list[LeaseInfo]:
     for claim in backend.claims(LEASES):
         try:
             fields = decode_text_file(claim.data, name=claim.name)
-            info = LeaseInfo(claim.name, claim.held, fields["purpose"], fields["host"], fields["pid"], fields["started_ns"])
-        except (DamageError, KeyError):
+            kinds = {"purpose": str, "host": str, "pid": int, "started_ns": int}
+            values = [text_field(fields, key, kind, name=claim.name) for key, kind in kinds.items()]
+            info = LeaseInfo(claim.name, claim.held, *values)
+        except DamageError:
             info = LeaseInfo(claim.name, claim.held, "unknown", "unknown", 0, 0)
         leases.append(info)
     return leases

@@ -5,7 +5,8 @@
     main~3          three snapshots back along first parents
     main@1200       the newest snapshot of step 1200 in the history of main; may be followed by ~N
 
-Ref file (textfile.py): {"name": str, "snapshot": snapshot id, "time_ns": int}. The name inside shows when files were swapped.
+Ref file (textfile.py): {"name": str, "snapshot": snapshot id, "time_ns": int}. The name inside shows when files were
+swapped.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from castore.ids import PREFIX_HEX_MIN, SnapshotId, is_hex
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.snapshots import ancestry, list_snapshot_ids
 
-_STEPS_BACK = re.compile(r"~([0-9]*)\Z")
-_AT_STEP = re.compile(r"@(-?[0-9]+)\Z")
+_STEPS_BACK = re.compile(r"~([0-9]{0,19})\Z")
+_AT_STEP = re.compile(r"@(-?[0-9]{1,19})\Z")
+"""19 digits hold every step of 64 bits; Python refuses to read numbers of thousands of digits."""
 _NEAR_MAX = 5
 
 
@@ -210,7 +212,11 @@ def _resolve_prefix(backend: Backend, text: str) -> SnapshotId:
         advice = f"{backend.location} has no branch yet: save something first"
     else:
         advice = f"did you mean {', '.join(near)}?" if near else f"there are: {', '.join(names[:_NEAR_MAX])}"
-    short = f" (an id prefix needs at least {PREFIX_HEX_MIN} digits)" if is_hex(prefix) and len(prefix) < PREFIX_HEX_MIN else ""
+    short = (
+        f" (an id prefix needs at least {PREFIX_HEX_MIN} digits)"
+        if is_hex(prefix) and len(prefix) < PREFIX_HEX_MIN
+        else ""
+    )
     raise UnknownRefError(f"nothing is called {text!r}{short}; {advice}", near or names[:_NEAR_MAX])
 
 
@@ -281,5 +287,3 @@ def _swap(
     if new_id is not None:
         new = encode_text_file({"name": name, "snapshot": new_id, "time_ns": now_ns})
     return backend.compare_and_swap(file_name, expected=old, new=new)
-
-

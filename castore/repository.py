@@ -110,7 +110,9 @@ def create(path: str | Path, options: RepositoryOptions, *, clock: Clock = time.
     if options.compression not in COMPRESSIONS:
         raise UsageError(f"unknown compression {options.compression!r}; expected one of {', '.join(COMPRESSIONS)}")
     if not options.lease_s > 0 or not options.orphan_grace_s > 0:
-        raise UsageError(f"lease_s and orphan_grace_s must be above 0 s, found {options.lease_s} and {options.orphan_grace_s}")
+        raise UsageError(
+            f"lease_s and orphan_grace_s must be above 0 s, found {options.lease_s} and {options.orphan_grace_s}"
+        )
     root = Path(path)
     _check_empty(root)
     backend = LocalBackend(root)
@@ -142,7 +144,8 @@ def _not_found(root: Path) -> Exception:
         return RepositoryNotFoundError(f"{root} is a file, not a repository; give the directory that holds `config`")
     if _looks_like_repository(root):
         return FormatError(
-            f"{root} has packs or snapshots but no config file; restore it from a copy (`castore dump` shows the other files)"
+            f"{root} has packs or snapshots but no config file; restore it from a copy (`castore dump` shows the "
+            "other files)"
         )
     return RepositoryNotFoundError(f"no repository at {root}; create one with `castore init {root}` or castore.init()")
 

@@ -101,7 +101,9 @@ def write_record(backend: Backend, record: SnapshotRecord, hasher: Hasher) -> Sn
     """Make the snapshot file durable; returns its id."""
     snapshot_id, data = encode_snapshot(record, hasher)
     if not backend.put_if_absent(snapshot_name(snapshot_id), data):
-        raise StorageError(f"snapshot {snapshot_id} is there already; its nonce repeats, so this machine's randomness is broken")
+        raise StorageError(
+            f"snapshot {snapshot_id} is there already; its nonce repeats, so this machine's randomness is broken"
+        )
     return snapshot_id
 
 
@@ -172,7 +174,9 @@ class ManifestReader:
         ids = []
         for list_id in split_ids(entry.id_lists, id_bytes):
             count = min(remaining, PART_CHUNKS_MAX)
-            ids.append(decode_id_list(bytes(self._store.get(list_id)), expected_count=count, id_bytes=id_bytes, where=where))
+            ids.append(
+                decode_id_list(bytes(self._store.get(list_id)), expected_count=count, id_bytes=id_bytes, where=where)
+            )
             remaining -= count
         return replace(entry, chunks=b"".join(ids))
 

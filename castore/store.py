@@ -18,7 +18,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from castore.backend.base import Backend, RangeReader
 from castore.codec.registry import decode_chain
-from castore.errors import ChecksumError, ChunkMissingError, DamageError, NotFoundError, StorageError
+from castore.errors import (
+    ChecksumError,
+    ChunkMissingError,
+    DamageError,
+    NotFoundError,
+    StorageError,
+    UnsupportedFormatError,
+)
 from castore.format.layout import PACKS, pack_name, parse_pack_name
 from castore.format.pack import Row
 from castore.hashing import Hasher, checksum
@@ -56,12 +63,14 @@ class ChunkStore:
             self._index.forget(known - listing)
             self._add_tables(sorted(listing - known))
             self._listing = listing
+            self.damaged_packs = {pack_id: e for pack_id, e in self.damaged_packs.items() if pack_id in listing}
             return listing
 
     def rebuild(self) -> int:
         """Throw the index away and build it again from the packs; returns the number of packs."""
         with self._lock:
             self._index.clear()
+            self.damaged_packs = {}
         return len(self.refresh())
 
     def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
@@ -142,13 +151,15 @@ class ChunkStore:
 
     def _read_any(self, chunk_id: ChunkId, locations: Locations, out: memoryview, *, verify: bool) -> None:
         failure: Exception = ChunkMissingError(
-            f"chunk {chunk_id.hex()}: no pack of {self._backend.location} holds it; run `castore verify` to see what is affected"
+            f"chunk {chunk_id.hex()}: no pack of {self._backend.location} holds it; run `castore verify` to see what "
+            "is affected"
         )
         for location in locations:
             try:
                 self._read_one(location, out, verify=verify)
-            except (DamageError, StorageError) as error:
-                failure = error
+            except (DamageError, StorageError, UnsupportedFormatError) as error:
+                # A pack that has gone outweighs damage: the chunk may have moved, so it is looked up again.
+                failure = failure if isinstance(failure, NotFoundError) else error
             else:
                 return
         raise failure
@@ -175,7 +186,8 @@ class ChunkStore:
             found = self.hasher.digest(out)
             if found != row.chunk_id:
                 raise ChecksumError(
-                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; run `castore verify --data`"
+                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; run `castore "
+                    "verify --data`"
                 )
 
     def close(self) -> None:

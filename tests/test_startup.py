@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import castore
 
 STARTUP_S_MAX = 0.150
 ATTEMPTS = 15
-"""The fastest counts: on a busy machine the others measure the neighbours."""
+"""The fastest counts, in processor time: on a busy machine the rest measures the neighbours."""
 
 WITHOUT_TENSORS = [
     ["log"],
@@ -49,9 +49,7 @@ def repo_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("startup") / "store"
     with castore.init(path) as repo:
         for step in (1, 2):
-            repo.save(
-                {"weights": np.full(1000, step, dtype=np.float32), "step": step}, branch="main", step=step
-            )
+            repo.save({"weights": np.full(1000, step, dtype=np.float32), "step": step}, branch="main", step=step)
     return path
 
 
@@ -68,22 +66,30 @@ def test_importing_castore_imports_no_heavy_module() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["log"]], ids=" ".join)
-def test_a_command_starts_in_time(repo_path: Path, arguments: list[str]) -> None:
+def test_a_command_starts_in_time(repo_path: Path, arguments: list[str], bytecode: None) -> None:
     fastest_s = float("inf")
     for _ in range(ATTEMPTS):
-        began = time.perf_counter()
+        began_s = children_processor_s()
         result = run_python("-m", "castore", *arguments, repo=repo_path)
-        fastest_s = min(fastest_s, time.perf_counter() - began)
+        fastest_s = min(fastest_s, children_processor_s() - began_s)
         assert result.returncode == 0, result.stderr
         if fastest_s < STARTUP_S_MAX:
             return
-    pytest.fail(
-        f"castore {' '.join(arguments)} took {fastest_s:.3f} s at best, expected less than {STARTUP_S_MAX} s"
-    )
+    pytest.fail(f"castore {' '.join(arguments)} took {fastest_s:.3f} s at best, expected less than {STARTUP_S_MAX} s")
+
+
+@pytest.fixture
+def bytecode(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled modules, as every installation has them; some machines forbid writing them beside the sources."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.getbasetemp() / "bytecode"))
+
+
+def children_processor_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run_python(*arguments: str, repo: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ) | ({"CASTORE_REPO": str(repo)} if repo else {})
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)

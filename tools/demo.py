@@ -92,12 +92,8 @@ class TrainingRun:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Kill a fine-tuning run in the middle of a save, and resume it."
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/demo"), help="emptied first (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description="Kill a fine-tuning run in the middle of a save, and resume it.")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="emptied first (default: %(default)s)")
     folder: Path = parser.parse_args().folder
     began = time.monotonic()
     claims = Claims()
@@ -128,9 +124,7 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < DISK_BYTES_MIN:
-        raise DemoError(
-            f"{folder} has {megabytes(free_bytes)} free, needs {megabytes(DISK_BYTES_MIN)}; give --folder"
-        )
+        raise DemoError(f"{folder} has {megabytes(free_bytes)} free, needs {megabytes(DISK_BYTES_MIN)}; give --folder")
 
 
 # ---- the five acts -----------------------------------------------------------------------------------------
@@ -164,9 +158,7 @@ def kill_in_a_save(run: TrainingRun) -> Path | None:
         while process.poll() is None:
             time.sleep(POLL_S)
             if committed_count(run) >= COMMITTED_BEFORE_KILL:
-                growing = [
-                    path for path in temporary_packs(run) if path not in left_before and has_grown(path)
-                ]
+                growing = [path for path in temporary_packs(run) if path not in left_before and has_grown(path)]
                 if growing:
                     process.kill()
                     process.wait()
@@ -185,9 +177,7 @@ def check_survivors(run: TrainingRun, claims: Claims) -> None:
     with castore.open(run.repo) as repo:
         history = [snapshot.id for snapshot in repo.log("main")]
     reported = [line["snapshot_id"] for line in run.journal("save")]
-    claims.check(
-        f"every snapshot reported as saved is in the history ({len(reported)})", set(reported) <= set(history)
-    )
+    claims.check(f"every snapshot reported as saved is in the history ({len(reported)})", set(reported) <= set(history))
     claims.check("castore verify --data: every committed byte is right", run_castore(run, "verify", "--data"))
 
 
@@ -203,14 +193,10 @@ def resume(run: TrainingRun, claims: Claims) -> None:
 def compare(reference: TrainingRun, killed: TrainingRun, claims: Claims) -> None:
     headline("5  the run that was killed against the run that never was")
     with castore.open(reference.repo) as first, castore.open(killed.repo) as second:
-        state_ids = [
-            {snapshot.step: snapshot.state_id for snapshot in repo.log("main")} for repo in (first, second)
-        ]
+        state_ids = [{snapshot.step: snapshot.state_id for snapshot in repo.log("main")} for repo in (first, second)]
         claims.check(f"the same state id at every save ({len(state_ids[0])})", state_ids[0] == state_ids[1])
         expected, found = dict(leaves(first.load("main"))), dict(leaves(second.load("main")))
-    differing = [
-        path for path in expected.keys() | found.keys() if not same_bits(expected.get(path), found.get(path))
-    ]
+    differing = [path for path in expected.keys() | found.keys() if not same_bits(expected.get(path), found.get(path))]
     if differing:
         console.print(f"  [red]differing leaves:[/] {', '.join(sorted(differing)[:5])}")
     claims.check(f"every leaf of the final state is bit-equal ({len(expected)} compared)", not differing)
@@ -220,13 +206,14 @@ def compare(reference: TrainingRun, killed: TrainingRun, claims: Claims) -> None
 def show_history(run: TrainingRun) -> None:
     headline("the history of the killed run")
     run_castore(run, "log")
-    headline("what the last four steps changed")
+    headline("what the last four steps changed: in all, and in the last layer where it moved most")
     run_castore(run, "diff", "main~1", "main", "--stat")
+    run_castore(run, "diff", "main~1", "main", "--sort", "l2", "--path", "model/encoder.layer.5.output.*")
 
 
 def show_costs(run: TrainingRun) -> None:
     headline("what each save cost, against torch.save + fsync of the same state in the same process")
-    table = Table("step", "loss", "castore", "torch.save", "stored", "castore", "torch.save")
+    table = Table("step", "loss", "castore wrote", "torch.save wrote", "share", "castore took", "torch.save took")
     for column in table.columns:
         column.justify = "right"
     saves = run.journal("save")
@@ -241,9 +228,7 @@ def show_costs(run: TrainingRun) -> None:
             f"{line['torch_save_s']:.2f} s",
         )
     console.print(table)
-    stored_bytes, torch_bytes = (
-        sum(line[key] for line in saves) for key in ("stored_bytes", "torch_save_bytes")
-    )
+    stored_bytes, torch_bytes = (sum(line[key] for line in saves) for key in ("stored_bytes", "torch_save_bytes"))
     console.print(
         f"in all {megabytes(stored_bytes)} against {megabytes(torch_bytes)}: {stored_bytes / torch_bytes:.0%}"
     )

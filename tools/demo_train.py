@@ -86,9 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--journal", type=Path, required=True, help="one JSON line per start and save")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, required=True, metavar="STEPS")
-    parser.add_argument(
-        "--torch-save", type=Path, metavar="FILE", help="torch.save every state here, to compare"
-    )
+    parser.add_argument("--torch-save", type=Path, metavar="FILE", help="torch.save every state here, to compare")
     return parser.parse_args()
 
 

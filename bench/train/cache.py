@@ -89,6 +89,7 @@ def ensure(name: str, directory: Path, *, log: Callable[[str], None] = print) ->
 
 def _make(name: str, recipe: Recipe, directory: Path, home: Path, log: Callable[[str], None]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / ".gitignore").write_text("*\n")
     making = directory / f".{home.name}.{os.getpid()}"
     making.mkdir()
     log(f"{name}: making its states (cached in {home})")

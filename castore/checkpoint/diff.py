@@ -103,7 +103,9 @@ def diff(
     if paths is not None and not side_a and not side_b:
         raise PathNotFoundError(f"no leaf of {a[:12]} or {b[:12]} matches {', '.join(paths)}")
     hasher = handle.hasher
-    leaves = [_compare(path, side_a.get(path), side_b.get(path), hasher) for path in sorted(side_a.keys() | side_b.keys())]
+    leaves = [
+        _compare(path, side_a.get(path), side_b.get(path), hasher) for path in sorted(side_a.keys() | side_b.keys())
+    ]
     if values:
         leaves = _with_values(handle, leaves, side_a, side_b, progress)
     n = hasher.digest_bytes
@@ -173,7 +175,7 @@ def _with_values(
 ) -> list[LeafDiff]:
     """The same list with numbers filled in where both sides are arrays of one shape, or numbers."""
     # numpy costs 80 ms of start-up, which `--no-values` need not pay.
-    from castore.checkpoint.value_diff import compare_values  # noqa: PLC0415
+    from castore.checkpoint.value_diff import compare_values
 
     todo = [leaf for leaf in leaves if leaf.status == "changed" and leaf.shape_a == leaf.shape_b]
     total = sum(leaf.raw_bytes_a + leaf.raw_bytes_b for leaf in todo)

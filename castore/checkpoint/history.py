@@ -30,6 +30,9 @@ from castore.repository import Handle
 from castore.snapshots import list_snapshot_ids, read_record, split_ids
 from castore.store import list_packs
 
+_COPIED = Elements(4, is_float=True)
+"""What is copied out of a condemned pack: its element type is not known here, and nearly all state is fp32."""
+
 
 def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
     """Make or move a branch. See `Repository.branch`."""
@@ -134,7 +137,7 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, now_ns: int) -> None:
         try:
             for chunk_id in lost:
                 raw = bytes(handle.store.get(chunk_id))
-                writer.put(chunk_id, lambda raw=raw: raw, raw_bytes=len(raw), elements=Elements(4), kind=needed[chunk_id])  # type: ignore[misc]  # a bound default
+                writer.put_bytes(chunk_id, raw, kind=needed[chunk_id], elements=_COPIED)
             sealed = writer.finish()
         except BaseException:
             writer.abort()

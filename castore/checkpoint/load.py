@@ -1,6 +1,6 @@
 """Load a state or one leaf: choose entries, compare with the live state, fetch chunks, put the nesting back.
 
-    ref → snapshot file → manifest parts → choose → (compare with `into`) → fetch in pack order, verified → unflatten
+ref → snapshot file → manifest parts → choose → (compare with `into`) → fetch in pack order, verified → unflatten
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ def _row_range(rows: slice, count: int, path: str) -> tuple[int, int]:
 
 
 def _matched(entries: Sequence[Entry], into: Any, request: LoadRequest, *, where: str) -> Match:
-    """Compare with the live state; raises StateMismatchError with everything that does not fit, before anything is touched."""
+    """Compare with the live state; raises StateMismatchError with everything that does not fit, before anything is
+    touched.
+    """
     matched = match(
         flatten(into, allow_pickle=True), entries, selected=any_of(request.paths) if request.paths is not None else None
     )
@@ -162,10 +164,12 @@ def _matched(entries: Sequence[Entry], into: Any, request: LoadRequest, *, where
 
 
 def _listed(what: str, paths: Sequence[str]) -> list[str]:
-    if not paths:
-        return []
+    return [f"{len(paths)} {what}: {_shortened(paths)}"] if paths else []
+
+
+def _shortened(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _SHOWN_PATHS_MAX} more" if len(paths) > _SHOWN_PATHS_MAX else ""
-    return [f"{len(paths)} {what}: {', '.join(paths[:_SHOWN_PATHS_MAX])}{more}"]
+    return ", ".join(paths[:_SHOWN_PATHS_MAX]) + more
 
 
 class _Fetch:
@@ -196,7 +200,8 @@ class _Fetch:
                 continue
             if entry.kind is Kind.PICKLE and not self._request.allow_pickle:
                 raise PickleRefusedError(
-                    f"leaf {entry.path!r} is a pickle of {entry.attrs.get('type', 'unknown type')}, which can run any code; "
+                    f"leaf {entry.path!r} is a pickle of {entry.attrs.get('type', 'unknown type')}, which can run any "
+                    "code; "
                     "give allow_pickle=True if you trust whoever wrote this repository, or leave it out with paths="
                 )
             if entry.inline is not None:
@@ -240,7 +245,9 @@ class _Fetch:
         return value
 
     def run(self, progress: Progress | None) -> None:
-        """Look all chunks up, then fetch them. Raises ChunkMissingError before anything is read, PartialLoadError after."""
+        """Look all chunks up, then fetch them. Raises ChunkMissingError before anything is read, PartialLoadError
+        after.
+        """
         jobs = self._jobs()
         total_bytes = sum(job.chunk_bytes for job in jobs)
         done_bytes = 0
@@ -279,12 +286,13 @@ class _Fetch:
         n = self._handle.hasher.digest_bytes
         ids = [wanted.chunk_id(n) for wanted in self._wanted]
         locations = self._handle.store.locate(set(ids))
-        missing = sorted({wanted.entry.path for wanted, key in zip(self._wanted, ids, strict=True) if not locations[key]})
+        missing = sorted(
+            {wanted.entry.path for wanted, key in zip(self._wanted, ids, strict=True) if not locations[key]}
+        )
         if missing:
             count = sum(not hits for hits in locations.values())
             error = ChunkMissingError(
-                f"snapshot {self._snapshot_id[:12]}: {count} chunks are in no pack; leaves: {', '.join(missing[:_SHOWN_PATHS_MAX])}"
-                f"{f' and {len(missing) - _SHOWN_PATHS_MAX} more' if len(missing) > _SHOWN_PATHS_MAX else ''}; "
+                f"snapshot {self._snapshot_id[:12]}: {count} chunks are in no pack; leaves: {_shortened(missing)}; "
                 "run `castore verify`, or load the other leaves with paths="
             )
             raise _gone_or(self._handle, self._snapshot_id, error)
@@ -296,10 +304,9 @@ class _Fetch:
 
     def _partial(self, error: CastoreError) -> PartialLoadError:
         paths = list(self._overwritten)
-        shown = ", ".join(paths[:_SHOWN_PATHS_MAX])
         return PartialLoadError(
-            f"{error}; {len(paths)} live leaves already hold bytes of snapshot {self._snapshot_id[:12]}: {shown}"
-            f"{' …' if len(paths) > _SHOWN_PATHS_MAX else ''}; load another snapshot into the state before using it",
+            f"{error}; {len(paths)} live leaves already hold bytes of snapshot {self._snapshot_id[:12]}: "
+            f"{_shortened(paths)}; load another snapshot into the state before using it",
             overwritten=paths,
         )
 

@@ -1,4 +1,5 @@
-"""What a save will do, as pure values: the bytes of every leaf cut on the grid, hashed, and compared with what is there.
+"""What a save will do, as pure values: the bytes of every leaf cut on the grid, hashed, and compared with what is
+there.
 
 Nothing here reads or writes the repository.
 """
@@ -83,7 +84,7 @@ def grid(raw_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _source(payload: Payload, start: int, stop: int) -> Source:
-    elements = Elements(payload.item_bytes, payload.is_float)
+    elements = Elements(payload.item_bytes, is_float=payload.is_float)
     return Source(lambda: payload.read(start, stop), stop - start, elements, RecordKind.LEAF)
 
 
@@ -106,7 +107,9 @@ def plan_manifest(entries: Sequence[Entry], hasher: Hasher) -> ManifestPlan:
         return chunk_id
 
     stored = [_with_id_lists(entry, hasher.digest_bytes, keep) for entry in entries]
-    part_ids = tuple(keep(encode_part(part), RecordKind.PART) for part in cut_parts(stored, id_bytes=hasher.digest_bytes))
+    part_ids = tuple(
+        keep(encode_part(part), RecordKind.PART) for part in cut_parts(stored, id_bytes=hasher.digest_bytes)
+    )
     return ManifestPlan(part_ids, sources)
 
 

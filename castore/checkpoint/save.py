@@ -2,11 +2,13 @@
 
 The order of writes is the product (ARCHITECTURE.md draws it):
 
-    lease → list packs → hash → write packs (durable) → index → snapshot file (durable) → check → branch → check → report
+    lease → list packs → hash → write packs (durable) → index → snapshot file (durable) → check → branch → check →
+    report
 
-The commit is the move of the branch. A crash before it leaves every earlier snapshot and the branch as they were; what it
-leaves besides is garbage for gc. "Check" reads the condemned set and the pack listing again, after the root is visible:
-a chunk that this save did not write because a pack had it, and whose pack is gone or condemned by now, is written again.
+The commit is the move of the branch. A crash before it leaves every earlier snapshot and the branch as they were; what
+it leaves besides is garbage for gc. "Check" reads the condemned set and the pack listing again, after the root is
+visible: a chunk that this save did not write because a pack had it, and whose pack is gone or condemned by now, is
+written again.
 """
 
 from __future__ import annotations
@@ -58,13 +60,17 @@ def check_request(request: SaveRequest) -> SaveRequest:
     """The request with plain values; raises UsageError or InvalidNameError before anything is read or written."""
     check_ref_name(request.branch)
     if isinstance(request.tags, str):
-        raise UsageError(f"tags: expected a sequence of names, found the text {request.tags!r}; write tags=({request.tags!r},)")
+        raise UsageError(
+            f"tags: expected a sequence of names, found the text {request.tags!r}; write tags=({request.tags!r},)"
+        )
     for tag in request.tags:
         check_ref_name(tag)
         if tag == request.branch:
             raise UsageError(f"tag {tag!r} has the name of the branch; choose another name")
     step = request.step
-    if step is not None and (isinstance(step, bool) or not hasattr(step, "__index__") or not -(2**63) <= int(step) < 2**63):
+    if step is not None and (
+        isinstance(step, bool) or not hasattr(step, "__index__") or not -(2**63) <= int(step) < 2**63
+    ):
         raise UsageError(f"step: expected an int of 64 bits or None, found {step!r}")
     if not isinstance(request.message, str):
         raise UsageError(f"message: expected str, found {type(request.message).__name__}")
@@ -83,8 +89,8 @@ def check_request(request: SaveRequest) -> SaveRequest:
 def save(handle: Handle, state: Any, request: SaveRequest, *, progress: Progress | None = None) -> Snapshot:
     """Save `state` and move the branch; returns when all of it is durable.
 
-    Reads the state's memory without copying it: nobody may change it meanwhile. Raises UnsupportedLeafError, UsageError,
-    ConflictError, NoSpaceError or StorageError; whatever it raises, the branch is where it was.
+    Reads the state's memory without copying it: nobody may change it meanwhile. Raises UnsupportedLeafError,
+    UsageError, ConflictError, NoSpaceError or StorageError; whatever it raises, the branch is where it was.
     """
     request = check_request(request)
     handle.config.check_features("write", where=handle.backend.location)
@@ -149,7 +155,11 @@ def _write_chunks(
         sources.update(zip(leaf.ids, leaf.sources, strict=True))
     present = session.find_present(sources.keys() | manifest.sources.keys(), {**sources, **manifest.sources})
     writes = plan_writes(hashed.leaves, present, compression=handle.config.options.compression)
-    parts = [Write(((part_id, source),), as_run=False) for part_id, source in manifest.sources.items() if part_id not in present]
+    parts = [
+        Write(((part_id, source),), as_run=False)
+        for part_id, source in manifest.sources.items()
+        if part_id not in present
+    ]
     new_bytes = written_bytes(writes)
     meter.skip(hashed.raw_bytes - new_bytes)
     stored_bytes = session.write([*writes, *parts], progress=meter.advance)
@@ -224,7 +234,9 @@ class _Session:
         return sum(pack.pack_bytes for pack in sealed)
 
     def heal(self) -> None:
-        """Publish, then check: write again what was collected between our look-up and our publication, until all is there."""
+        """Publish, then check: write again what was collected between our look-up and our publication, until all is
+        there.
+        """
         while True:
             backend = self.handle.backend
             usable = list_packs(backend) - condemned_packs(backend)
@@ -296,4 +308,6 @@ def _json_value(value: Any, where: str) -> Any:
         return [_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, Mapping):
         return {_name(key, where): _json_value(item, f"{where}[{key!r}]") for key, item in value.items()}
-    raise UsageError(f"{where}: expected a JSON value, found {type(value).__name__}; convert it, or save it as part of the state")
+    raise UsageError(
+        f"{where}: expected a JSON value, found {type(value).__name__}; convert it, or save it as part of the state"
+    )

@@ -20,7 +20,8 @@ def any_of(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def select_entries(entries: Sequence[Entry], patterns: Sequence[str] | None, *, where: str) -> Sequence[Entry]:
-    """The entries that match any pattern, with what holds them and what they need (targets of aliases, storages of views).
+    """The entries that match any pattern, with what holds them and what they need (targets of aliases, storages of
+    views).
 
     Raises PathNotFoundError for a pattern that matches nothing, with near matches.
     """

@@ -72,7 +72,9 @@ class _Sums:
 
 
 def compare_values(leaf: LeafDiff, a: ChunkSource, b: ChunkSource) -> LeafDiff:
-    """The leaf with its numbers filled in; unchanged where the bytes are no numbers or the element types differ in width."""
+    """The leaf with its numbers filled in; unchanged where the bytes are no numbers or the element types differ in
+    width.
+    """
     decode_a, decode_b = _decoder(a.entry), _decoder(b.entry)
     if decode_a is None or decode_b is None or a.entry.raw_bytes != b.entry.raw_bytes or a.entry.raw_bytes == 0:
         return leaf

@@ -5,8 +5,9 @@
     create     init, save, export                            files     .pt and .safetensors files
     history    log, branch, tag                              graph     the lines of the branch graph
     contents   show, diff                                    leaf      one leaf in detail
-    upkeep     verify, du, dump, reindex
+    upkeep     verify, du, dump, reindex                 safetensors_format   the header of such a file
 
-Start-up is part of the product: `main` loads a command's file only when that command runs, rich only when a table is
-drawn on a terminal, numpy only where numbers are looked at, and torch only for reading and writing tensor files.
+Start-up is part of the product: `main` loads a command's file only when that command runs, rich only when a
+table is drawn on a terminal, numpy only where numbers are looked at, and torch only for reading and writing
+tensor files.
 """

@@ -1,7 +1,7 @@
 """What every command shares: -R and --json, the repository, and the three ways to speak.
 
-Results go to stdout: text, or with `--json` exactly one JSON document. Remarks and progress go to stderr, progress only
-when stderr is a terminal and the work takes long enough to be seen.
+Results go to stdout: text, or with `--json` exactly one JSON document. Remarks and progress go to stderr,
+progress only when stderr is a terminal and the work takes long enough to be seen.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class App:
         )
 
     def open(self) -> Repository:
-        """The repository; a context manager. Raises what `castore.open` raises, or RepositoryNotFoundError."""
+        """The repository, a context manager. Raises what `castore.open` raises."""
         from castore.api import open_
 
         return open_(self.repository_path())
@@ -104,7 +104,10 @@ def colours(stream: Any) -> bool:
 def shared_options(function: AnyFunction) -> AnyFunction:
     """-R and --json, for the group and for every command: both places are where people write them."""
     repo = click.option(
-        "-R", "--repo", metavar="DIR", help=f"The repository. Default: {REPOSITORY_VARIABLE}, or the current directory."
+        "-R",
+        "--repo",
+        metavar="DIR",
+        help=f"The repository. Default: {REPOSITORY_VARIABLE}, or the current directory.",
     )
     as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, errors too.")
     return repo(as_json(function))
@@ -119,11 +122,13 @@ def command(name: str, *, examples: str) -> Callable[[Callable[..., int | None]]
 
     def decorate(function: Callable[..., int | None]) -> click.Command:
         @click.pass_context
-        @functools.wraps(function)
-        def wrapper(context: click.Context, repo: str | None, as_json: bool, **arguments: Any) -> int | None:
+        def wrapper(
+            context: click.Context, /, repo: str | None, as_json: bool, **arguments: Any
+        ) -> int | None:
             outer = context.find_object(App) or App(None, False)
             return function(App(repo or outer.repo, as_json or outer.as_json), **arguments)
 
+        functools.update_wrapper(wrapper, function)
         return click.command(name, epilog=epilog)(shared_options(wrapper))
 
     return decorate

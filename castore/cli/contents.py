@@ -12,8 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from castore.cli.command import App, command, snapshot_fields
-from castore.cli.history import ID_DIGITS, read_refs
-from castore.cli.render import Table, age, clean, jsonable, local_time, metrics_text, number, plural, shape_text, share, size
+from castore.cli.history import read_refs
+from castore.cli.render import (
+    ID_DIGITS,
+    Table,
+    age,
+    clean,
+    cost_text,
+    jsonable,
+    local_time,
+    metrics_text,
+    number,
+    plural,
+    shape_text,
+    share,
+    size,
+)
 from castore.errors import PathNotFoundError, UsageError
 from castore.format.paths import compile_glob
 
@@ -28,7 +42,7 @@ _NEAR_MAX = 5
 Order = Literal["path", "l2", "max", "bytes"]
 
 
-# ---- show ----------------------------------------------------------------------------------------------------------
+# ---- show --------------------------------------------------------------------------------------------------
 
 
 @command(
@@ -42,9 +56,10 @@ castore show best model/embeddings.weight   one leaf, and how its chunks are sto
 @click.argument("ref", default="main")
 @click.argument("path", required=False)
 def show_command(app: App, ref: str, path: str | None) -> None:
-    """Show the snapshot REF (default: main) and its leaves, or the leaf PATH, or the leaves that match the glob PATH.
+    """Show the snapshot REF (default: main) and its leaves, or only the leaf or the leaves that PATH names.
 
-    One leaf is shown with its value, or a summary of its numbers, and how each chunk is stored.
+    PATH is the path of a leaf, or a glob: * within a level, ** across levels. A single leaf is shown with its
+    value, or a summary of its numbers, and how each of its chunks is stored.
     """
     from castore.cli.leaf import describe_leaf, find_entry
 
@@ -61,7 +76,10 @@ def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: s
     leaves = choose_leaves(snapshot, path)
     if app.as_json:
         refs = read_refs(repository)
-        app.document(snapshot_fields(snapshot) | {"refs": refs.names_of(snapshot.id), "leaves": [asdict(leaf) for leaf in leaves]})
+        app.document(
+            snapshot_fields(snapshot)
+            | {"refs": refs.names_of(snapshot.id), "leaves": [asdict(leaf) for leaf in leaves]}
+        )
         return
     if path is None:
         _show_facts(app, repository, snapshot)
@@ -69,7 +87,14 @@ def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: s
     table = Table(("PATH", "KIND", "DTYPE", "SHAPE", ">BYTES", ">CHUNKS"))
     for leaf in leaves:
         shape = shape_text(leaf.shape) if leaf.dtype else ""
-        table.add(leaf.path or "(root)", leaf.kind, leaf.dtype, shape, size(leaf.raw_bytes), str(leaf.chunk_count or "-"))
+        table.add(
+            leaf.path or "(root)",
+            leaf.kind,
+            leaf.dtype,
+            shape,
+            size(leaf.raw_bytes),
+            str(leaf.chunk_count or "-"),
+        )
     app.table(table)
 
 
@@ -83,7 +108,11 @@ def choose_leaves(snapshot: Snapshot, path: str | None) -> list[Leaf]:
     if chosen:
         return chosen
     near = difflib.get_close_matches(path, [leaf.path for leaf in leaves], n=_NEAR_MAX, cutoff=0.4)
-    advice = f"did you mean {', '.join(near)}?" if near else f"`castore show {snapshot.id[:ID_DIGITS]}` lists the paths"
+    advice = (
+        f"did you mean {', '.join(near)}?"
+        if near
+        else f"`castore show {snapshot.id[:ID_DIGITS]}` lists the paths"
+    )
     raise PathNotFoundError(f"snapshot {snapshot.id[:ID_DIGITS]} has no leaf {path!r}; {advice}", near)
 
 
@@ -98,7 +127,7 @@ def _show_facts(app: App, repository: Repository, snapshot: Snapshot) -> None:
         "step": "" if snapshot.step is None else str(snapshot.step),
         "time": f"{local_time(snapshot.created_at)} ({age(snapshot.created_at, time.time())})",
         "metrics": metrics_text(snapshot.metrics),
-        "bytes": f"raw {size(snapshot.raw_bytes)}, new {size(snapshot.new_bytes)}, stored {size(snapshot.stored_bytes)}",
+        "bytes": cost_text(snapshot),
         "leaves": str(snapshot.leaf_count),
         "software": snapshot.software,
     }
@@ -132,11 +161,15 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
         "refers to": leaf.target,
         "dtype": leaf.dtype,
         "shape": shape_text(leaf.shape) if leaf.dtype else "",
-        "bytes": f"raw {size(leaf.raw_bytes)}" + (f", stored {size(leaf.stored_bytes)}" if leaf.chunks else ", in the manifest"),
+        "bytes": f"raw {size(leaf.raw_bytes)}"
+        + (f", stored {size(leaf.stored_bytes)}" if leaf.chunks else ", in the manifest"),
         "digest": leaf.digest,
         "value": value_text(leaf.value) if leaf.has_value else "",
         "numbers": _summary_text(leaf.summary),
-        "first": " ".join(number(value) if isinstance(value, int | float) else str(value) for value in leaf.summary.get("first", ())),
+        "first": " ".join(
+            number(value) if isinstance(value, int | float) else str(value)
+            for value in leaf.summary.get("first", ())
+        ),
         "problem": leaf.problem,
     }
     for name, text in facts.items():
@@ -149,7 +182,11 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
 
 def _summary_text(summary: Mapping[str, Any]) -> str:
     always = ("min", "max", "mean", "std")
-    return " ".join(f"{key}={number(value)}" for key, value in summary.items() if key in always or (key != "first" and value))
+    return " ".join(
+        f"{key}={number(value)}"
+        for key, value in summary.items()
+        if key in always or (key != "first" and value)
+    )
 
 
 def _chunk_table(chunks: Sequence[StoredChunk]) -> Table:
@@ -168,7 +205,7 @@ def _chunk_table(chunks: Sequence[StoredChunk]) -> Table:
     return table
 
 
-# ---- diff ----------------------------------------------------------------------------------------------------------
+# ---- diff --------------------------------------------------------------------------------------------------
 
 
 @command(
@@ -182,19 +219,34 @@ castore diff main --no-values         compare ids only: fast, needs neither nump
 )
 @click.argument("refs", nargs=-1, metavar="[A] [B]")
 @click.option("--stat", is_flag=True, help="Totals only.")
-@click.option("--values/--no-values", default=True, help="Read the changed leaves and compare their numbers (default).")
+@click.option(
+    "--values/--no-values", default=True, help="Read the changed leaves and compare their numbers (default)."
+)
 @click.option("-p", "--path", "paths", multiple=True, metavar="GLOB", help="Only leaves that match.")
 @click.option(
-    "--sort", "order", type=click.Choice(["path", "l2", "max", "bytes"]), default="path", show_default=True, help="Largest first."
+    "--sort",
+    "order",
+    type=click.Choice(["path", "l2", "max", "bytes"]),
+    default="path",
+    show_default=True,
+    help="Largest first.",
 )
 @click.option("--all", "-a", "everything", is_flag=True, help="List leaves that are the same, too.")
 def diff_command(
-    app: App, refs: Sequence[str], stat: bool, values: bool, paths: Sequence[str], order: Order, everything: bool
+    app: App,
+    *,
+    refs: Sequence[str],
+    stat: bool,
+    values: bool,
+    paths: Sequence[str],
+    order: Order,
+    everything: bool,
 ) -> None:
     """Say what changed from snapshot A to snapshot B (default: main); A is B's parent unless it is given.
 
-    The table lists leaves added (+), removed (-) and changed (~), how many of their chunks changed, the largest absolute
-    difference, the relative L2 difference ||B-A||/||A||, and the cosine. Exits with 0 whether or not anything changed.
+    The table lists leaves added (+), removed (-) and changed (~), how many of their chunks changed, the
+    largest absolute difference, the relative L2 difference ||B-A||/||A||, and the cosine. Exits with 0 in
+    either case.
     """
     if len(refs) > 2:
         raise UsageError(f"expected at most two refs, found {len(refs)}")
@@ -210,7 +262,11 @@ def diff_command(
     if app.as_json:
         fields = diff.to_json()
         rows = {row["path"]: row for row in fields.pop("leaves")}
-        app.document(fields | {"totals": _totals(diff)} | ({} if stat else {"leaves": [rows[leaf.path] for leaf in leaves]}))
+        app.document(
+            fields
+            | {"totals": _totals(diff)}
+            | ({} if stat else {"leaves": [rows[leaf.path] for leaf in leaves]})
+        )
         return
     if leaves and not stat:
         app.table(_diff_table(leaves, values=values))
@@ -220,7 +276,9 @@ def diff_command(
 
 def _parent_of(snapshot: Snapshot) -> str:
     if not snapshot.parents:
-        raise UsageError(f"snapshot {snapshot.id[:ID_DIGITS]} has no parent; name the two snapshots to compare")
+        raise UsageError(
+            f"snapshot {snapshot.id[:ID_DIGITS]} has no parent; name the two snapshots to compare"
+        )
     return snapshot.parents[0]
 
 
@@ -240,7 +298,18 @@ _SIGNS = {"added": "+", "removed": "-", "changed": "~", "same": "="}
 
 
 def _diff_table(leaves: Sequence[LeafDiff], *, values: bool) -> Table:
-    columns = ("", "PATH", "DTYPE", "SHAPE", ">BYTES", ">CHUNKS", ">MAX ABS", ">REL L2", ">COSINE", ">NONFINITE")
+    columns = (
+        "",
+        "PATH",
+        "DTYPE",
+        "SHAPE",
+        ">BYTES",
+        ">CHUNKS",
+        ">MAX ABS",
+        ">REL L2",
+        ">COSINE",
+        ">NONFINITE",
+    )
     any_nonfinite = any(leaf.nonfinite_count for leaf in leaves)
     shown = len(columns) - (0 if any_nonfinite else 1) if values else 6
     table = Table(columns[:shown])
@@ -249,7 +318,9 @@ def _diff_table(leaves: Sequence[LeafDiff], *, values: bool) -> Table:
             _SIGNS[leaf.status],
             leaf.path or "(root)",
             _change(leaf.dtype_a or leaf.kind, leaf.dtype_b or leaf.kind, leaf),
-            _change(shape_text(leaf.shape_a), shape_text(leaf.shape_b), leaf) if leaf.dtype_a or leaf.dtype_b else "",
+            _change(shape_text(leaf.shape_a), shape_text(leaf.shape_b), leaf)
+            if leaf.dtype_a or leaf.dtype_b
+            else "",
             size(leaf.raw_bytes_b if leaf.status != "removed" else leaf.raw_bytes_a),
             f"{leaf.chunks_changed}/{leaf.chunk_count}" if leaf.chunk_count else "-",
             number(leaf.max_abs),
@@ -270,7 +341,10 @@ def _change(a: str, b: str, leaf: LeafDiff) -> str:
 def _totals(diff: Diff) -> dict[str, int]:
     counts = {status: len(diff.with_status(status)) for status in ("added", "removed", "changed", "same")}
     chunks = sum(leaf.chunk_count for leaf in diff.leaves)
-    return counts | {"chunk_count": chunks, "chunks_changed": sum(leaf.chunks_changed for leaf in diff.leaves)}
+    return counts | {
+        "chunk_count": chunks,
+        "chunks_changed": sum(leaf.chunks_changed for leaf in diff.leaves),
+    }
 
 
 def _draw_totals(app: App, diff: Diff, a: Snapshot, b: Snapshot) -> None:

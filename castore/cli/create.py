@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from castore.cli.command import REPOSITORY_VARIABLE, App, command, snapshot_fields
-from castore.cli.render import clean, plural, size
+from castore.cli.render import ID_DIGITS, clean, cost_text, plural, size
 from castore.errors import UsageError
 from castore.format.paths import compile_glob, encode_key, last_component
 from castore.options import COMPRESSIONS, HASH_NAMES, Compression, HashName
-from castore.tensors.lazy import is_torch_tensor
 
 if TYPE_CHECKING:
-    from castore.api import Repository
     from castore.snapshots import Leaf
 
-ID_DIGITS = 10
 METADATA_KEY = "safetensors"
 """Key of a snapshot's metadata that keeps `__metadata__` of a .safetensors file, for the way back."""
 
@@ -70,7 +67,7 @@ def init_command(app: App, path: Path | None, hash_name: HashName, compression: 
             app.line(f"created {clean(str(repository.path))} ({hash_name}, compression {compression})")
 
 
-# ---- save ----------------------------------------------------------------------------------------------------------
+# ---- save --------------------------------------------------------------------------------------------------
 
 
 @command(
@@ -82,16 +79,21 @@ castore save model.pt --meta lr=2e-5 --meta host=gpu1
 """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-b", "--branch", default="main", show_default=True, help="The branch to continue; made if it is new.")
+@click.option(
+    "-b", "--branch", default="main", show_default=True, help="The branch to continue; made if it is new."
+)
 @click.option("--parent", metavar="REF", help="Continue from REF instead of the branch's newest snapshot.")
 @click.option("--step", type=int, help="Training step.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="A number to choose snapshots by.")
+@click.option(
+    "--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="A number to choose snapshots by."
+)
 @click.option("--meta", "metadata", multiple=True, metavar="NAME=VALUE", help="JSON, or else plain text.")
 @click.option("-m", "--message", default="", help="A remark.")
 @click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Tag the snapshot.")
 @click.option("--allow-pickle", is_flag=True, help="Trust FILE: reading a pickle can run any code.")
 def save_command(
     app: App,
+    *,
     file: Path,
     branch: str,
     parent: str | None,
@@ -132,12 +134,13 @@ def save_command(
         app.document(snapshot_fields(snapshot) | {"tags": list(tags), "seconds": seconds})
         return
     at = clean(", ".join([branch, *(f"tag {tag}" for tag in tags)]))
-    app.line(f"saved {snapshot.id[:ID_DIGITS]} ({at}), {plural(snapshot.leaf_count, 'leaf', 'leaves')} in {seconds:.1f} s")
-    app.line(f"raw {size(snapshot.raw_bytes)}, new {size(snapshot.new_bytes)}, stored {size(snapshot.stored_bytes)}")
+    leaves = plural(snapshot.leaf_count, "leaf", "leaves")
+    app.line(f"saved {snapshot.id[:ID_DIGITS]} ({at}), {leaves} in {seconds:.1f} s")
+    app.line(cost_text(snapshot))
 
 
 def parse_metrics(texts: Iterable[str]) -> dict[str, float]:
-    """ "loss=1.2" → {"loss": 1.2}; whole numbers stay whole. Raises UsageError."""
+    """From "loss=1.2" to {"loss": 1.2}; whole numbers stay whole. Raises UsageError."""
     metrics: dict[str, float] = {}
     for name, text in _pairs(texts, "--metric"):
         try:
@@ -151,7 +154,7 @@ def parse_metrics(texts: Iterable[str]) -> dict[str, float]:
 
 
 def parse_metadata(texts: Iterable[str]) -> dict[str, Any]:
-    """ "lr=2e-5" → {"lr": 2e-05}, "host=gpu1" → {"host": "gpu1"}: JSON, else text. Raises UsageError."""
+    """From "lr=2e-5" to {"lr": 2e-05}, from "host=gpu1" to {"host": "gpu1"}. Raises UsageError."""
     metadata: dict[str, Any] = {}
     for name, text in _pairs(texts, "--meta"):
         try:
@@ -177,7 +180,7 @@ def _pairs(texts: Iterable[str], option: str) -> Iterable[tuple[str, str]]:
         yield name, value
 
 
-# ---- export --------------------------------------------------------------------------------------------------------
+# ---- export ------------------------------------------------------------------------------------------------
 
 
 @command(
@@ -198,12 +201,19 @@ castore export main@1200 all.safetensors --tensors-only --separator /
     show_default=True,
     help="Joins the keys of nested values to a name in a .safetensors file.",
 )
-@click.option("--tensors-only", is_flag=True, help="Leave out what .safetensors cannot hold, instead of refusing.")
+@click.option(
+    "--tensors-only", is_flag=True, help="Leave out what .safetensors cannot hold, instead of refusing."
+)
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
-@click.option("--classes-as-dicts", is_flag=True, help="Write namedtuples and dataclasses, which need their code, as dicts.")
+@click.option(
+    "--classes-as-dicts",
+    is_flag=True,
+    help="Write namedtuples and dataclasses, which need their code, as dicts.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Trust the repository: load leaves that are pickles.")
 def export_command(
     app: App,
+    *,
     ref: str,
     file: Path,
     paths: Sequence[str],
@@ -215,8 +225,8 @@ def export_command(
 ) -> None:
     """Write the state of REF to FILE (.pt, .pth, .ckpt, .bin as torch.save does; .safetensors).
 
-    FILE appears whole or not at all. A .safetensors file holds named tensors and nothing else: numbers, texts and sparse
-    or quantized tensors are refused, aliases are written once for each name.
+    FILE appears whole or not at all. A .safetensors file holds named tensors and nothing else: numbers, texts
+    and sparse or quantized tensors are refused, aliases are written once for each name.
     """
     from castore.cli.files import check_absent, format_of, write_pt, write_safetensors
 
@@ -252,13 +262,18 @@ def check_leaves(leaves: Iterable[Leaf], globs: Sequence[str]) -> None:
     matches = [compile_glob(glob) for glob in globs]
     wanted = [leaf for leaf in leaves if not matches or any(match(leaf.path) for match in matches)]
     misfits = [f"{leaf.path} ({leaf.kind})" for leaf in wanted if leaf.kind not in _ARRAY_KINDS]
-    misfits += [f"{leaf.path} (part of a sparse or quantized tensor)" for leaf in wanted if _is_part(leaf.path)]
+    misfits += [
+        f"{leaf.path} (part of a sparse or quantized tensor)" for leaf in wanted if _is_part(leaf.path)
+    ]
     if misfits:
         raise UsageError(_misfits_text(misfits))
 
 
 def name_tensors(state: Any, *, separator: str, leave_out: bool) -> dict[str, Any]:
-    """The tensors and arrays of a nested state by name. Raises UsageError for other leaves, unless they are left out."""
+    """The tensors and arrays of a nested state by name.
+
+    Raises UsageError for other leaves, unless they are left out.
+    """
     tensors: dict[str, Any] = {}
     misfits: list[str] = []
     for keys, value in _walk(state, ()):
@@ -266,9 +281,13 @@ def name_tensors(state: Any, *, separator: str, leave_out: bool) -> dict[str, An
         if not _is_plain_array(value):
             misfits.append(f"{name} ({type(value).__name__})")
         elif not name:
-            raise UsageError("the state is one tensor without a name, which .safetensors cannot hold; export to .pt instead")
+            raise UsageError(
+                "the state is one tensor without a name, which .safetensors cannot hold; export to .pt"
+            )
         elif name in tensors:
-            raise UsageError(f"two leaves would both be called {name!r}; choose the other --separator, or export to .pt")
+            raise UsageError(
+                f"two leaves would both be called {name!r}; choose the other --separator, or export to .pt"
+            )
         else:
             tensors[name] = value
     if misfits and not leave_out:
@@ -281,19 +300,22 @@ def name_tensors(state: Any, *, separator: str, leave_out: bool) -> dict[str, An
 def _misfits_text(misfits: Sequence[str]) -> str:
     more = f" and {len(misfits) - _NAMED_MAX} more" if len(misfits) > _NAMED_MAX else ""
     return (
-        f".safetensors holds plain tensors only, not {', '.join(misfits[:_NAMED_MAX])}{more}; choose leaves with --path, "
-        "leave these out with --tensors-only, or export to .pt"
+        f".safetensors holds plain tensors only, not {', '.join(misfits[:_NAMED_MAX])}{more}; choose leaves "
+        "with --path, leave these out with --tensors-only, or export to .pt"
     )
 
 
 def _is_part(path: str) -> bool:
-    """Whether the leaf is a part of a composite tensor: `~indices`, but not an escaped key such as `~s:12` or `~n`."""
+    """Whether it is a part of a composite tensor: `~indices`, but no escaped key like `~s:12` or `~n`."""
     last = last_component(path)
     return last.startswith("~") and last != "~n" and last[2:3] != ":"
 
 
 def _is_plain_array(value: Any) -> bool:
     """Whether the value is an array or a tensor that is neither sparse nor quantized."""
+    # Here and not above: castore.tensors needs numpy, which `castore init` can do without.
+    from castore.tensors.lazy import is_torch_tensor
+
     if is_torch_tensor(value):
         return str(value.layout) == "torch.strided" and not value.is_quantized
     import numpy as np

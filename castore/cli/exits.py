@@ -1,4 +1,4 @@
-"""Exit codes: one for each thing a script does next. docs/CLI.md holds the same table, and a test compares them.
+"""Exit codes: one for each thing a script does next. docs/CLI.md has the same table; a test compares them.
 
     0    done; for `verify`: no damage
     1    any other error
@@ -11,6 +11,8 @@
     8    the repository needs a newer castore
     130  interrupted by Ctrl-C
     141  the reader of the output went away (`castore log | head`)
+
+Errors that nobody foresaw are 1 too; CASTORE_TRACEBACK=1 shows where they came from.
 """
 
 from __future__ import annotations
@@ -43,8 +45,14 @@ _BY_TYPE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Exit], ...]
     (errors.UsageError, Exit.USAGE),
     (errors.UnsupportedFormatError, Exit.NEWER_FORMAT),
     (errors.DamageError, Exit.DAMAGE),
-    ((errors.ConflictError, errors.RefExistsError, errors.RepositoryExistsError, FileExistsError), Exit.CONFLICT),
-    ((errors.RepositoryNotFoundError, errors.RefError, errors.PathNotFoundError, FileNotFoundError), Exit.NOT_FOUND),
+    (
+        (errors.ConflictError, errors.RefExistsError, errors.RepositoryExistsError, FileExistsError),
+        Exit.CONFLICT,
+    ),
+    (
+        (errors.RepositoryNotFoundError, errors.RefError, errors.PathNotFoundError, FileNotFoundError),
+        Exit.NOT_FOUND,
+    ),
     ((errors.RepositoryAccessError, PermissionError), Exit.NOT_PERMITTED),
     (errors.NoSpaceError, Exit.NO_SPACE),
 )

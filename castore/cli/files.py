@@ -1,4 +1,4 @@
-"""Tensor files outside of a repository: reading .pt and .safetensors, and writing them so that no half of one is ever seen.
+"""Tensor files outside of a repository: .pt and .safetensors, read with suspicion and written atomically.
 
 torch is imported when a file is really read or written, never before.
 """
@@ -22,7 +22,15 @@ from types import ModuleType
 from typing import Any, BinaryIO, Literal, cast
 
 from castore.cli import safetensors_format as safetensors
-from castore.errors import ChecksumError, FormatError, MissingExtraError, NotFoundError, PickleRefusedError, StorageError, UsageError
+from castore.errors import (
+    ChecksumError,
+    FormatError,
+    MissingExtraError,
+    NotFoundError,
+    PickleRefusedError,
+    StorageError,
+    UsageError,
+)
 
 FileFormat = Literal["pt", "safetensors"]
 
@@ -36,14 +44,18 @@ SUFFIXES: Mapping[str, FileFormat] = {
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _CRC_READ_BYTES = 1024 * 1024
-_FORBIDDEN_GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to instantiate a class) ([\w.]+)")
+_FORBIDDEN_GLOBAL = re.compile(
+    r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to instantiate a class) ([\w.]+)"
+)
 
 
 def format_of(path: Path) -> FileFormat:
     """The format that the file's name ends in. Raises UsageError."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: unknown kind of file {suffix!r}; castore reads and writes {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"{path}: unknown kind of file {suffix!r}; castore reads and writes {', '.join(SUFFIXES)}"
+        )
     return SUFFIXES[suffix]
 
 
@@ -56,14 +68,14 @@ class Contents:
     """`__metadata__` of a .safetensors file."""
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read_file(path: Path, *, allow_pickle: bool) -> Contents:
     """The state in a file; tensors on the CPU, those of .safetensors mapped from the file and not copied.
 
-    Raises UsageError (unknown suffix), FormatError or ChecksumError (foreign, cut short, damaged), PickleRefusedError,
-    MissingExtraError, or OSError.
+    Raises UsageError (unknown suffix), FormatError or ChecksumError (foreign, cut short, damaged),
+    PickleRefusedError, MissingExtraError, or OSError.
     """
     kind = format_of(path)
     _check_regular(path)
@@ -93,7 +105,9 @@ def _read_safetensors(path: Path) -> Contents:
         name, item_bytes = safetensors.DTYPES[place.code]
         dtype = getattr(torch, name, None)
         if dtype is None:
-            raise MissingExtraError(f"{path}: tensor {place.name!r}: torch {torch.__version__} has no {name}; install a newer one")
+            raise MissingExtraError(
+                f"{path}: tensor {place.name!r}: torch {torch.__version__} has no {name}; install a newer one"
+            )
         count = (place.stop - place.start) // item_bytes
         if count:
             flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=header.data_offset + place.start)
@@ -115,8 +129,8 @@ def _read_pt(path: Path, *, allow_pickle: bool) -> Any:
         refused = _FORBIDDEN_GLOBAL.search(text)
         if refused:
             raise PickleRefusedError(
-                f"{path} holds a {refused.group(1)}, not only tensors and plain values; reading that can run any code of "
-                "whoever wrote the file: give --allow-pickle if you trust them"
+                f"{path} holds a {refused.group(1)}, not only tensors and plain values; reading that can run "
+                "any code of whoever wrote the file: give --allow-pickle if you trust them"
             ) from error
         if isinstance(error, ImportError | AttributeError):
             raise FormatError(f"{path} needs a class that is not here: {text}") from error
@@ -126,7 +140,7 @@ def _read_pt(path: Path, *, allow_pickle: bool) -> Any:
 
 
 def _check_archive(path: Path) -> bool:
-    """Whether the file is a zip archive of torch.save; then each member's CRC is compared, which torch.load never does.
+    """Whether it is a zip archive, as torch.save writes; then its CRCs are compared: torch.load does not.
 
     A CRC of 0 says that it was not computed (`torch.serialization.set_crc32_options(False)`).
     """
@@ -152,11 +166,12 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path)
             found = zlib.crc32(block, found)
     if found != expected:
         raise ChecksumError(
-            f"{path}: {member.filename}: expected CRC {expected:08x}, found {found:08x}; the file changed after it was written"
+            f"{path}: {member.filename}: expected CRC {expected:08x}, found {found:08x}; the file changed "
+            "after it was written"
         )
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write_pt(path: Path, state: Any, *, force: bool) -> None:
@@ -166,7 +181,9 @@ def write_pt(path: Path, state: Any, *, force: bool) -> None:
         torch.save(state, file)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, force: bool) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, force: bool
+) -> None:
     """Write tensors or arrays by name. Raises UsageError for a type of element that the format lacks."""
     described = [(name, _code(name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
     head, places = safetensors.encode_header(described, metadata)
@@ -185,7 +202,9 @@ def element_name(tensor: Any) -> str:
 def _code(name: str, tensor: Any) -> str:
     code = safetensors.CODES.get(element_name(tensor))
     if code is None:
-        raise UsageError(f"{name!r}: .safetensors has no element type {element_name(tensor)}; export to .pt instead")
+        raise UsageError(
+            f"{name!r}: .safetensors has no element type {element_name(tensor)}; export to .pt instead"
+        )
     return code
 
 
@@ -199,7 +218,7 @@ def _row_major(tensor: Any) -> memoryview:
         torch = _torch("writing tensors")
         plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         array = plain.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 @contextmanager
@@ -216,7 +235,7 @@ def atomic_file(path: Path, *, force: bool) -> Iterator[BinaryIO]:
         with os.fdopen(descriptor, "wb") as plain:
             file = _FileThatRemembers(plain)
             try:
-                yield cast(BinaryIO, file)
+                yield cast("BinaryIO", file)
                 plain.flush()
             except Exception as error:
                 # torch turns a full disk into a RuntimeError about its own position in the file.

@@ -1,9 +1,13 @@
 r"""The branch graph of `castore log`, drawn with plain characters, as pure functions.
 
-    *     newest of a branch          Every line under way is a lane: a column that waits for one snapshot. A snapshot
-    | *   newest of another           stands in the first lane that waits for it; other lanes that wait for the same one
-    |/    both continue this one      join it before it is drawn. A lane that ends leaves a hole, which the next new line
-    *     the first                   takes, so that no lane ever moves.
+    *     newest of a branch
+    | *   newest of another
+    |/
+    *     both continue this one
+
+Every line under way is a lane: a column that waits for one snapshot. A snapshot stands in the first lane that
+waits for it; other lanes that wait for the same one join it before it is drawn. A lane that ends leaves a
+hole, which the next new line takes, so that no lane ever moves.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ class Node:
 
 
 def newest_first(nodes: Mapping[str, Node]) -> list[Node]:
-    """All nodes, children before their parents, else by time (clocks of several hosts differ: order comes first)."""
+    """All nodes, children before their parents, else by time: the clocks of several hosts may differ."""
     waiting = dict.fromkeys(nodes, 0)
     for node in nodes.values():
         for parent in set(node.parents):
@@ -43,8 +47,8 @@ def newest_first(nodes: Mapping[str, Node]) -> list[Node]:
     return order
 
 
-def draw(order: Sequence[Node]) -> Iterator[tuple[list[str], str, str]]:
-    """For each node: the lines before it, the prefix of its own line, and the prefix of further lines about it."""
+def draw(order: Sequence[Node]) -> Iterator[tuple[list[str], str]]:
+    """For each node: the lines before it, and the prefix of its line."""
     lanes: list[str | None] = []
     for node in order:
         before = []
@@ -57,7 +61,7 @@ def draw(order: Sequence[Node]) -> Iterator[tuple[list[str], str, str]]:
             lanes[lane] = None
         own = _lanes(lanes, mark=first)
         lanes[first] = node.parents[0] if node.parents else None
-        yield before, own, _lanes(lanes)
+        yield before, own
         for parent in node.parents[1:]:
             if parent not in lanes:
                 _new_lane(lanes, parent)
@@ -75,7 +79,9 @@ def _new_lane(lanes: list[str | None], expected: str) -> int:
 
 
 def _lanes(lanes: Sequence[str | None], *, mark: int | None = None) -> str:
-    return " ".join("*" if lane == mark else "|" if expected else " " for lane, expected in enumerate(lanes)).rstrip()
+    return " ".join(
+        "*" if lane == mark else "|" if expected else " " for lane, expected in enumerate(lanes)
+    ).rstrip()
 
 
 def _join(lanes: Sequence[str | None], target: int, source: int) -> str:

@@ -1,6 +1,7 @@
 """`castore log`, `castore branch` and `castore tag`.
 
-History is read from ref and snapshot files alone, one by one, so that a damaged one costs its own line and no others.
+History is read from ref and snapshot files alone, one by one, so that a damaged one costs its own line and no
+others.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -16,7 +16,7 @@ import click
 from castore.cli.command import App, command, snapshot_fields
 from castore.cli.exits import Exit
 from castore.cli.graph import Node, draw, newest_first
-from castore.cli.render import Table, age, clean, local_time, metrics_text, plural, size
+from castore.cli.render import ID_DIGITS, Table, age, clean, local_time, metrics_text, size
 from castore.errors import DamageError, FormatError, UnknownRefError, UsageError
 from castore.format.layout import BRANCHES, TAGS, decode_ref_name
 from castore.ids import SnapshotId
@@ -26,10 +26,8 @@ from castore.snapshots import Snapshot, list_snapshot_ids
 if TYPE_CHECKING:
     from castore.api import Repository
 
-ID_DIGITS = 10
-"""Of the ids that people are shown: unique in any repository that a person can read the log of."""
-
 RefKind = Literal["branch", "tag"]
+_PLURALS: dict[RefKind, str] = {"branch": "branches", "tag": "tags"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def read_refs(repository: Repository) -> Refs:
     return refs
 
 
-# ---- log -----------------------------------------------------------------------------------------------------------
+# ---- log ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +92,14 @@ castore log --json | jq -r '.snapshots[].id'
 @click.argument("ref", required=False)
 @click.option("--all", "-a", "everything", is_flag=True, help="All branches and tags, as a graph.")
 @click.option("--orphans", is_flag=True, help="Only snapshots that no ref reaches; with --all, those too.")
-@click.option("-n", "--limit", type=click.IntRange(min=1), metavar="COUNT", help="Show at most COUNT snapshots.")
+@click.option(
+    "-n", "--limit", type=click.IntRange(min=1), metavar="COUNT", help="Show at most COUNT snapshots."
+)
 def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limit: int | None) -> int | None:
     """List snapshots, newest first, from REF (default: main) along first parents.
 
-    A line shows the id, the step, the time, the raw bytes that were new and what they took in packs, the metrics, the
-    branches and tags, and the message. A parent that was dropped is shown as gone.
+    A line shows the id, the step, the time, the raw bytes that were new and what they took in packs, the
+    metrics, the branches and tags, and the message. A parent that was dropped is shown as gone.
     """
     if ref is not None and (everything or orphans):
         raise UsageError("give either REF, or --all and --orphans, which look at every ref")
@@ -128,7 +128,10 @@ def _log_json(app: App, entries: Iterator[LogEntry], refs: Refs, limit: int | No
             if len(snapshots) == limit:
                 break
             names = {"branches": refs.branches, "tags": refs.tags}
-            at = {kind: [ref.name for ref in found if ref.snapshot_id == entry.id] for kind, found in names.items()}
+            at = {
+                kind: [ref.name for ref in found if ref.snapshot_id == entry.id]
+                for kind, found in names.items()
+            }
             snapshots.append(snapshot_fields(entry.snapshot) | {"refs": at})
         elif entry.damage:
             damaged[entry.id] = entry.damage
@@ -158,7 +161,7 @@ def _log_text(app: App, entries: Iterable[LogEntry], refs: Refs, limit: int | No
 def _with_graph(entries: Iterable[LogEntry]) -> Iterator[tuple[list[str], str, LogEntry]]:
     by_id = {str(entry.id): entry for entry in entries}
     nodes = [_node(entry) for entry in by_id.values()]
-    for node, (before, prefix, _) in zip(nodes, draw(nodes), strict=True):
+    for node, (before, prefix) in zip(nodes, draw(nodes), strict=True):
         yield before, prefix, by_id[node.id]
 
 
@@ -226,7 +229,7 @@ def _read(repository: Repository, snapshot_id: SnapshotId) -> LogEntry:
         return LogEntry(snapshot_id, None, str(error))
 
 
-# ---- branch and tag ------------------------------------------------------------------------------------------------
+# ---- branch and tag ----------------------------------------------------------------------------------------
 
 
 @command(
@@ -240,7 +243,9 @@ castore branch --delete exp/lr
 )
 @click.argument("name", required=False)
 @click.argument("ref", required=False)
-@click.option("-d", "--delete", is_flag=True, help="Delete branch NAME; its snapshots stay as orphans for a while.")
+@click.option(
+    "-d", "--delete", is_flag=True, help="Delete branch NAME; its snapshots stay as orphans for a while."
+)
 @click.option("--move", is_flag=True, help="Move branch NAME, which may exist, to REF.")
 def branch_command(app: App, name: str | None, ref: str | None, delete: bool, move: bool) -> int | None:
     """List branches, or make branch NAME at REF (default: main)."""
@@ -255,8 +260,10 @@ def branch_command(app: App, name: str | None, ref: str | None, delete: bool, mo
             return _list_refs(app, repository, "branch")
         if delete:
             repository.delete_branch(name)
-            return _deleted(app, "branch", name)
-        return _made(app, "branch", repository.branch(name, at=ref or "main", move=move))
+            _deleted(app, "branch", name)
+        else:
+            _made(app, "branch", repository.branch(name, at=ref or "main", move=move))
+    return None
 
 
 @command(
@@ -282,8 +289,10 @@ def tag_command(app: App, name: str | None, ref: str | None, delete: bool) -> in
             return _list_refs(app, repository, "tag")
         if delete:
             repository.delete_tag(name)
-            return _deleted(app, "tag", name)
-        return _made(app, "tag", repository.tag(name, at=ref or "main"))
+            _deleted(app, "tag", name)
+        else:
+            _made(app, "tag", repository.tag(name, at=ref or "main"))
+    return None
 
 
 def _made(app: App, kind: RefKind, ref: Ref) -> None:
@@ -308,9 +317,9 @@ def _list_refs(app: App, repository: Repository, kind: RefKind) -> int | None:
     entries = [(ref, _read(repository, ref.snapshot_id)) for ref in found]
     if app.as_json:
         rows = [_ref_fields(ref, entry) for ref, entry in entries]
-        app.document({"branches" if kind == "branch" else "tags": rows, "damaged_refs": damaged})
+        app.document({_PLURALS[kind]: rows, "damaged_refs": damaged})
     elif not entries and not damaged:
-        app.note(f"no {plural(2, kind, 'branches' if kind == 'branch' else 'tags').partition(' ')[2]}")
+        app.note(f"no {_PLURALS[kind]}")
     else:
         _draw_refs(app, entries, damaged)
     return Exit.DAMAGE if damaged or any(entry.damage for _, entry in entries) else None
@@ -321,7 +330,6 @@ def _ref_fields(ref: Ref, entry: LogEntry) -> dict[str, Any]:
     return {
         "name": ref.name,
         "snapshot": ref.snapshot_id,
-        "moved_at": datetime.fromtimestamp(ref.time_ns / 1e9, UTC).isoformat(),
         "step": snapshot.step if snapshot else None,
         "state": "ok" if snapshot else "damaged" if entry.damage else "gone",
     }
@@ -332,7 +340,13 @@ def _draw_refs(app: App, entries: list[tuple[Ref, LogEntry]], damaged: dict[str,
     for ref, entry in entries:
         snapshot = entry.snapshot
         if snapshot is None:
-            table.add(ref.name, ref.snapshot_id[:ID_DIGITS], "", "", f"damaged: {entry.damage}" if entry.damage else "gone")
+            table.add(
+                ref.name,
+                ref.snapshot_id[:ID_DIGITS],
+                "",
+                "",
+                f"damaged: {entry.damage}" if entry.damage else "gone",
+            )
             continue
         step = "" if snapshot.step is None else str(snapshot.step)
         message = snapshot.message.partition("\n")[0]

@@ -1,7 +1,7 @@
-"""One leaf of a snapshot in detail: its value or a summary of its numbers, and how each chunk of it is stored.
+"""One leaf of a snapshot in detail: its value or a summary of its numbers, and how each chunk is stored.
 
-Bytes are read from the store chunk by chunk and looked at with numpy, so that a tensor of any size can be summarised on
-a machine without torch. Only a view of a shared storage is loaded as a tensor. A pickle is never read.
+Bytes are read from the store chunk by chunk and looked at with numpy, so that a tensor of any size is
+summarised without torch. Only a view of a shared storage is loaded as a tensor. A pickle is never read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from castore.codec.registry import chain_name
 from castore.errors import CastoreError, PathNotFoundError
 from castore.format.manifest import Entry, Kind, chunk_bytes
-from castore.format.pack import RecordKind
 from castore.ids import ChunkId, SnapshotId
 from castore.snapshots import leaf_table, read_record
 
@@ -78,7 +77,7 @@ class LeafDetail:
     """Of what is no array; text for a pickle, which is not read."""
     has_value: bool
     summary: dict[str, Any]
-    """Of arrays of numbers: min, max, mean, std, zeros, nan, inf, and the first values; empty where there is none."""
+    """Of arrays of numbers: min, max, mean, std, zeros, nan, inf, first values; empty where there is none."""
     problem: str
     """Why the value or the summary could not be read."""
     chunks: tuple[StoredChunk, ...]
@@ -138,7 +137,9 @@ def _own_bytes(repository: Repository, snapshot_id: SnapshotId, entry: Entry) ->
     target = str(entry.attrs.get("target" if entry.kind is Kind.ALIAS else "storage"))
     found = next((other for other in _entries(repository, snapshot_id) if other.path == target), None)
     if found is None:
-        raise PathNotFoundError(f"leaf {entry.path!r} refers to {target!r}, which the manifest lacks; run `castore verify`")
+        raise PathNotFoundError(
+            f"leaf {entry.path!r} refers to {target!r}, which the manifest lacks; run `castore verify`"
+        )
     return found, target
 
 
@@ -153,7 +154,6 @@ def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
             chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, 0))
             continue
         row = hits[0].row
-        assert row.kind in RecordKind
         chunks.append(
             StoredChunk(
                 chunk_id.hex(),
@@ -193,7 +193,7 @@ def _value(repository: Repository, entry: Entry) -> Any:
     return decode_value(entry, raw, allow_pickle=False)
 
 
-# ---- numbers -------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def _summary(repository: Repository, snapshot_id: SnapshotId, entry: Entry) -> dict[str, Any]:
@@ -270,7 +270,9 @@ class _Numbers:
 
         self.count += block.size
         self.zeros += int(block.size - np.count_nonzero(block))
-        self.first += block[: FIRST_VALUES_MAX - len(self.first)].tolist() if len(self.first) < FIRST_VALUES_MAX else []
+        self.first += (
+            block[: FIRST_VALUES_MAX - len(self.first)].tolist() if len(self.first) < FIRST_VALUES_MAX else []
+        )
         if block.dtype.kind in "fc":
             self.nan += int(np.isnan(block).sum())
             self.inf += int(np.isinf(block).sum())
@@ -289,5 +291,13 @@ class _Numbers:
 
 def value_text(value: Any) -> str:
     """A value for people, cut when it is very long."""
-    text = repr(value) if not isinstance(value, list | tuple) or len(value) <= 1000 else repr(list(islice(value, 1000)))
-    return text if len(text) <= VALUE_CHARACTERS_MAX else f"{text[:VALUE_CHARACTERS_MAX]}… ({len(text)} characters)"
+    text = (
+        repr(value)
+        if not isinstance(value, list | tuple) or len(value) <= 1000
+        else repr(list(islice(value, 1000)))
+    )
+    return (
+        text
+        if len(text) <= VALUE_CHARACTERS_MAX
+        else f"{text[:VALUE_CHARACTERS_MAX]}… ({len(text)} characters)"
+    )

@@ -1,7 +1,7 @@
 """The `castore` command: the group, its help, and what becomes of errors.
 
-An error is a few lines on stderr, or with `--json` one document {"error": …} on stdout, where a script reads the result
-too. CASTORE_TRACEBACK=1 adds the traceback. The exit codes are in exits.py.
+An error is a few lines on stderr, or with `--json` one document {"error": …} on stdout, where a script reads
+the result too. CASTORE_TRACEBACK=1 adds the traceback. The exit codes are in exits.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -37,7 +38,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "reindex": ("upkeep", "Build the index again from the packs."),
     },
 }
-"""Section → command → (file of castore/cli, one line of help). Kept here so that `castore --help` loads no command."""
+"""Section → command → (file, line of help). Here, so that `castore --help` loads no command."""
 
 COMMANDS = {name: home for section in SECTIONS.values() for name, home in section.items()}
 
@@ -62,17 +63,17 @@ class _PipeClosedError(Exception):
 class CommandGroup(click.Group):
     """Loads a command when it is asked for, and ends the program with the exit code of what happened."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
         module = import_module(f"castore.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         for title, section in SECTIONS.items():
             with formatter.section(title):
                 formatter.write_dl([(name, text) for name, (_, text) in section.items()])
@@ -85,7 +86,9 @@ class CommandGroup(click.Group):
             raise _PipeClosedError from error
         return result
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(  # type: ignore[override]  # click overloads it by what it returns; this one never does
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> NoReturn:
         given = list(sys.argv[1:] if args is None else args)
         _prepare_streams()
         extra["standalone_mode"] = False
@@ -94,7 +97,7 @@ class CommandGroup(click.Group):
 
 
 def _prepare_streams() -> None:
-    """Text that the terminal's encoding lacks, or that is no valid Unicode, is shown escaped and never an error."""
+    """Text that the terminal cannot show, or that is no valid Unicode, is written escaped: never an error."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
@@ -127,7 +130,8 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         import traceback
 
         traceback.print_exception(error)
-    _print_error(error_document(error) if as_json else f"error: {clean_lines(message_of(error))}", as_json=as_json)
+    text = error_document(error) if as_json else f"error: {clean_lines(message_of(error))}"
+    _print_error(text, as_json=as_json)
     return int(exit_of(error))
 
 
@@ -135,7 +139,11 @@ def _report_usage(error: click.ClickException, *, as_json: bool) -> int:
     if as_json:
         import json
 
-        fields = {"type": type(error).__name__, "message": error.format_message(), "exit_code": error.exit_code}
+        fields = {
+            "type": type(error).__name__,
+            "message": error.format_message(),
+            "exit_code": error.exit_code,
+        }
         _print_error(json.dumps({"error": fields}, indent=2), as_json=True)
         return error.exit_code
     context = getattr(error, "ctx", None)
@@ -155,10 +163,9 @@ def _close_stdout() -> int:
     """Give stdout a place to flush into when the interpreter ends; otherwise it complains."""
     from castore.cli.exits import Exit
 
-    try:
+    # Suppressed: a stdout that is no real file is not flushed into a pipe either.
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):
-        pass  # not a real file: nothing will be flushed into a pipe
     return int(Exit.PIPE_CLOSED)
 
 

@@ -1,7 +1,7 @@
 """Sizes, times, numbers and tables for people. `--json` prints the raw values instead.
 
-Everything that comes from a repository passes `clean`: a message or a leaf path written by a stranger must not move the
-cursor, change the window title or hide text.
+Everything that comes from a repository passes `clean`: a message or a leaf path written by a stranger must
+not move the cursor, change the window title or hide text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+    from castore.snapshots import Snapshot
+
+ID_DIGITS = 10
+"""Of the ids that people are shown: unique in any repository whose log a person reads."""
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
@@ -60,7 +65,7 @@ def number(value: float | None) -> str:
 
 
 def plural(count: int, noun: str, many: str = "") -> str:
-    """ "1 leaf", "2 leaves"."""
+    """As in "1 leaf", "2 leaves"."""
     return f"{count} {noun if count == 1 else many or noun + 's'}"
 
 
@@ -79,13 +84,19 @@ def age(moment: datetime, now_s: float) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """ "[384, 1536]"."""
+    """As in "[384, 1536]"."""
     return f"[{', '.join(map(str, shape))}]"
 
 
 def metrics_text(metrics: Mapping[str, float]) -> str:
-    """ "loss=1.2 accuracy=0.9"."""
+    """As in "loss=1.2 accuracy=0.9"."""
     return " ".join(f"{clean(key)}={number(value)}" for key, value in metrics.items())
+
+
+def cost_text(snapshot: Snapshot) -> str:
+    """The bytes of a snapshot and what its save added."""
+    raw, new, stored = size(snapshot.raw_bytes), size(snapshot.new_bytes), size(snapshot.stored_bytes)
+    return f"raw {raw}, new {new}, stored {stored}"
 
 
 def jsonable(value: Any) -> Any:
@@ -103,7 +114,7 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,14 +164,16 @@ def _draw_rich(table: Table) -> None:
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=table.title or None, title_justify="left")
     for name in table.columns:
         numeric = name.startswith(">")
-        drawn.add_column(Text(name.lstrip(">")), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+        drawn.add_column(
+            Text(name.lstrip(">")), justify="right" if numeric else "left", no_wrap=numeric, overflow="fold"
+        )
     for row in table.rows:
         drawn.add_row(*(Text(cell) for cell in row))
     Console().print(drawn)
 
 
 class ProgressBar:
-    """A bar on stderr that appears when the work is not over at once. `update` may be called from any thread."""
+    """A bar on stderr that appears when the work is not over at once. Any thread may call `update`."""
 
     def __init__(self, label: str) -> None:
         self._label = label

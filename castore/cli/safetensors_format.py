@@ -1,8 +1,8 @@
 """The .safetensors format, read and written here: a length, a JSON header, tensors one after the other.
 
     0   8  header length, little-endian
-    8   n  header: {"__metadata__": {text: text}, name: {"dtype": code, "shape": [..], "data_offsets": [start, stop]}, …}
-    8+n    data, row-major, little-endian; offsets count from here
+    8   n  header: {"__metadata__": {text: text}, name: {"dtype": text, "shape": [..], "data_offsets": [..]}}
+    8+n    data, row-major, little-endian; the two offsets, start and stop, count from here
 
 A reader must expect anything of a foreign file: every length is compared with the file's before it is used.
 Source: https://huggingface.co/docs/safetensors
@@ -44,7 +44,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "I64": ("int64", 8),
     "U64": ("uint64", 8),
 }
-"""Code → torch's name, bytes of one element. Types of less than a byte (F4, F6) have no place in a castore leaf."""
+"""Code → torch's name, bytes of one element. Types of less than a byte (F4, F6) are not read."""
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 
 
@@ -75,13 +75,14 @@ def header_length(prefix: bytes, *, file_bytes: int, where: str) -> int:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < _LENGTH_BYTES or length > min(HEADER_BYTES_MAX, file_bytes - _LENGTH_BYTES):
         raise FormatError(
-            f"{where}: not a .safetensors file, or cut short: a header of {length} bytes does not fit into a file of {file_bytes}"
+            f"{where}: not a .safetensors file, or cut short: "
+            f"a header of {length} bytes does not fit into a file of {file_bytes}"
         )
     return length
 
 
 def decode_header(text: bytes, *, file_bytes: int, where: str) -> Header:
-    """The header from its JSON. Raises FormatError when it does not describe exactly the bytes that follow."""
+    """The header from its JSON. Raises FormatError unless it describes exactly the bytes that follow."""
     try:
         fields = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -92,14 +93,21 @@ def decode_header(text: bytes, *, file_bytes: int, where: str) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{where}: __metadata__: expected texts by name, found {str(metadata)[:80]}")
     data_offset = _LENGTH_BYTES + len(text)
-    places = sorted((_place(name, value, where) for name, value in fields.items()), key=lambda place: (place.start, place.stop))
+    places = sorted(
+        (_place(name, value, where) for name, value in fields.items()),
+        key=lambda place: (place.start, place.stop),
+    )
     end = 0
     for place in places:
         if place.start != end:
-            raise FormatError(f"{where}: tensor {place.name!r}: expected its data at {end}, found {place.start}")
+            raise FormatError(
+                f"{where}: tensor {place.name!r}: expected its data at {end}, found {place.start}"
+            )
         end = place.stop
     if data_offset + end != file_bytes:
-        raise FormatError(f"{where}: expected {data_offset + end} bytes, found {file_bytes}; the file was cut short or has a tail")
+        raise FormatError(
+            f"{where}: expected {data_offset + end} bytes, found {file_bytes}; it was cut short or has a tail"
+        )
     return Header(tuple(places), metadata, data_offset)
 
 
@@ -115,11 +123,17 @@ def _place(name: str, value: Any, where: str) -> TensorPlace:
     try:
         code, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise FormatError(f"{where}: expected dtype, shape and two data_offsets, found {str(value)[:80]}") from error
+        raise FormatError(
+            f"{where}: expected dtype, shape and two data_offsets, found {str(value)[:80]}"
+        ) from error
     if not isinstance(shape, list) or not all(_is_count(number) for number in (*shape, start, stop)):
-        raise FormatError(f"{where}: expected whole numbers, found shape {str(shape)[:80]} at {start!r:.20}..{stop!r:.20}")
+        raise FormatError(
+            f"{where}: expected whole numbers, found shape {str(shape)[:80]} at {start!r:.20}..{stop!r:.20}"
+        )
     if code not in DTYPES:
-        raise FormatError(f"{where}: dtype {str(code)[:20]!r} is unknown to this castore; it reads {', '.join(DTYPES)}")
+        raise FormatError(
+            f"{where}: dtype {str(code)[:20]!r} is unknown to this castore; it reads {', '.join(DTYPES)}"
+        )
     expected = math.prod(shape) * DTYPES[code][1]
     if stop - start != expected:
         raise FormatError(f"{where}: {code} {shape}: expected {expected} bytes, found {stop - start}")
@@ -135,8 +149,8 @@ def encode_header(
 ) -> tuple[bytes, list[TensorPlace]]:
     """The bytes before the data, and the places in the order in which the data must be written.
 
-    `tensors` are (name, code, shape). Wide elements come first, then by name, as the reference implementation writes them:
-    then every tensor is aligned to its element.
+    `tensors` are (name, code, shape). Wide elements come first, then by name, as the reference implementation
+    writes them: then every tensor is aligned to its element.
     """
     places: list[TensorPlace] = []
     end = 0
@@ -145,7 +159,11 @@ def encode_header(
         places.append(TensorPlace(name, code, tuple(shape), start, end))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for place in places:
-        fields[place.name] = {"dtype": place.code, "shape": place.shape, "data_offsets": [place.start, place.stop]}
+        fields[place.name] = {
+            "dtype": place.code,
+            "shape": place.shape,
+            "data_offsets": [place.start, place.stop],
+        }
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGN_BYTES)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text, places

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,18 @@ import click
 
 from castore.cli.command import App, command
 from castore.cli.exits import Exit
-from castore.cli.render import clean, plural, size
+from castore.cli.render import ID_DIGITS, Table, clean, plural, share, size
+from castore.errors import NotFoundError, RepositoryNotFoundError
 
 if TYPE_CHECKING:
+    from castore.maintenance.reindex import ReindexReport
     from castore.maintenance.report import Problem, VerifyReport
+    from castore.maintenance.usage import Usage
 
-ID_DIGITS = 10
 _LEAVES_SHOWN_MAX = 5
 
 
-# ---- verify --------------------------------------------------------------------------------------------------------
+# ---- verify ------------------------------------------------------------------------------------------------
 
 
 @command(
@@ -53,18 +56,31 @@ def _draw_report(app: App, report: VerifyReport) -> None:
         app.line(f"note: {clean(note)}")
     if report.orphans:
         app.line(f"note: {plural(len(report.orphans), 'orphan')}; `castore log --orphans` lists them")
-    checked = f"{size(report.checked_bytes)} read" if report.with_data else "structure only; --data reads every byte"
-    counts = f"{plural(report.snapshot_count, 'snapshot')}, {plural(report.pack_count, 'pack')}, {plural(report.chunk_count, 'chunk')}"
-    verdict = app.style("ok", fg="green") if report.ok else app.style(plural(len(report.problems), "problem"), fg="red")
+    checked = (
+        f"{size(report.checked_bytes)} read"
+        if report.with_data
+        else "structure only; --data reads every byte"
+    )
+    numbers = {"snapshot": report.snapshot_count, "pack": report.pack_count, "chunk": report.chunk_count}
+    counts = ", ".join(plural(count, noun) for noun, count in numbers.items())
+    verdict = (
+        app.style("ok", fg="green")
+        if report.ok
+        else app.style(plural(len(report.problems), "problem"), fg="red")
+    )
     app.line(f"{verdict}: {counts} ({checked})")
 
 
 def _draw_problem(app: App, problem: Problem) -> None:
-    app.line(f"{app.style('damaged', fg='red')} {problem.kind} {clean(problem.where)}: {clean(problem.message)}")
+    app.line(
+        f"{app.style('damaged', fg='red')} {problem.kind} {clean(problem.where)}: {clean(problem.message)}"
+    )
     if problem.snapshots:
         touched = ", ".join(snapshot_id[:ID_DIGITS] for snapshot_id in problem.snapshots[:_LEAVES_SHOWN_MAX])
         more = len(problem.snapshots) - _LEAVES_SHOWN_MAX
-        app.line(f"  touches {touched}{f' and {more} more' if more > 0 else ''}: {_leaves_text(problem.leaves)}")
+        app.line(
+            f"  touches {touched}{f' and {more} more' if more > 0 else ''}: {_leaves_text(problem.leaves)}"
+        )
 
 
 def _leaves_text(leaves: tuple[str, ...]) -> str:
@@ -72,3 +88,178 @@ def _leaves_text(leaves: tuple[str, ...]) -> str:
         return "all of it, as far as can be told"
     more = f" and {len(leaves) - _LEAVES_SHOWN_MAX} more" if len(leaves) > _LEAVES_SHOWN_MAX else ""
     return ", ".join(clean(path) or "(root)" for path in leaves[:_LEAVES_SHOWN_MAX]) + more
+
+
+# ---- du ----------------------------------------------------------------------------------------------------
+
+
+@command(
+    "du",
+    examples="""
+castore du
+castore du --depth 2     group leaves by two levels of their paths
+castore du --json
+""",
+)
+@click.option(
+    "--depth",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Levels of a path that make a group.",
+)
+def du_command(app: App, depth: int) -> int | None:
+    """Say where the bytes are: by snapshot, by group of leaves, by codec, and what is no payload at all.
+
+    EXCLUSIVE is what only that snapshot needs: what would become free without it.
+    """
+    with app.open() as repository, app.progress("reading") as progress:
+        usage: Usage = repository.usage(depth=depth, progress=progress)
+    if app.as_json:
+        app.document(usage.to_json())
+    else:
+        _draw_usage(app, usage)
+    return Exit.DAMAGE if usage.unreadable else None
+
+
+def _draw_usage(app: App, usage: Usage) -> None:
+    app.table(_snapshot_table(usage))
+    app.line()
+    app.table(_group_table(usage))
+    app.line()
+    app.table(_codec_table(usage))
+    app.line()
+    files = {
+        "leaves": usage.leaf_bytes,
+        "manifests": usage.manifest_bytes,
+        "unreferenced": usage.unreferenced_bytes,
+        "overhead": usage.overhead_bytes,
+    }
+    parts = ", ".join(f"{name} {size(count)}" for name, count in files.items())
+    app.line(f"{plural(usage.pack_count, 'pack')}: {size(usage.pack_bytes)} ({parts})")
+    app.line(f"snapshot files: {size(usage.snapshot_bytes)}, index: {size(usage.cache_bytes)}")
+    raw = (
+        f"; {plural(len(usage.snapshots), 'snapshot')} of {size(usage.raw_bytes)} raw in all"
+        if usage.snapshots
+        else ""
+    )
+    app.line(f"total: {size(usage.total_bytes)}{raw} ({share(usage.total_bytes, usage.raw_bytes)})")
+    for problem in usage.unreadable:
+        app.line(f"{app.style('damaged', fg='red')} {clean(problem)}")
+
+
+def _snapshot_table(usage: Usage) -> Table:
+    table = Table(("SNAPSHOT", "BRANCH", ">STEP", ">RAW", ">NEW", ">STORED", ">EXCLUSIVE"))
+    for row in usage.snapshots:
+        table.add(
+            row.snapshot_id[:ID_DIGITS],
+            row.branch,
+            "" if row.step is None else str(row.step),
+            size(row.raw_bytes),
+            size(row.new_bytes),
+            size(row.stored_bytes),
+            size(row.exclusive_bytes),
+        )
+    return table
+
+
+def _group_table(usage: Usage) -> Table:
+    table = Table(("LEAVES", ">RAW", ">STORED", ">SHARE"))
+    for row in usage.groups:
+        name = row.path or "(all)"
+        table.add(name, size(row.raw_bytes), size(row.stored_bytes), share(row.stored_bytes, row.raw_bytes))
+    return table
+
+
+def _codec_table(usage: Usage) -> Table:
+    table = Table(("CODEC", ">CHUNKS", ">RAW", ">STORED", ">SHARE"))
+    for row in usage.codecs:
+        stored = share(row.stored_bytes, row.raw_bytes)
+        table.add(row.name, str(row.chunk_count), size(row.raw_bytes), size(row.stored_bytes), stored)
+    return table
+
+
+# ---- dump --------------------------------------------------------------------------------------------------
+
+
+@command(
+    "dump",
+    examples="""
+castore dump runs/store/config
+castore dump runs/store/snapshots/3f2a81c0…
+castore -R runs/store dump packs/ab/ab12….pack
+""",
+)
+@click.argument("file", type=click.Path(path_type=Path))
+def dump_command(app: App, file: Path) -> int | None:
+    """Describe FILE, any single file of a repository, as far as it can be decoded. Never writes.
+
+    FILE is a path, or a name within the repository given by -R or CASTORE_REPO. Exits with 3 when the file
+    is damaged.
+    """
+    from castore.dump import dump
+
+    description = dump(_find(app, file))
+    if app.as_json:
+        app.document(description)
+    else:
+        _draw_description(app, description, indent="")
+    return Exit.DAMAGE if description.get("problems") else None
+
+
+def _find(app: App, file: Path) -> Path:
+    if file.exists():
+        return file
+    with suppress(RepositoryNotFoundError):
+        inside = app.repository_path() / file
+        if inside.exists():
+            return inside
+    raise NotFoundError(f"{file}: no such file, here or in the repository")
+
+
+def _draw_description(app: App, fields: Mapping[str, Any], indent: str) -> None:
+    """Names and values, indented; a list of rows as a table."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            app.line(f"{indent}{clean(name)}:")
+            _draw_description(app, value, indent + "  ")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            app.line(f"{indent}{clean(name)} ({len(value)}):")
+            app.table(_rows_table(value))
+        elif isinstance(value, list) and value:
+            app.line(f"{indent}{clean(name)}:")
+            for item in value:
+                app.line(f"{indent}  {clean(str(item))}")
+        else:
+            app.line(f"{indent}{clean(name)}: {clean(str(value))}")
+
+
+def _rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(tuple(names))
+    for row in rows:
+        table.add(*(str(row.get(name, "")) for name in names))
+    return table
+
+
+# ---- reindex -----------------------------------------------------------------------------------------------
+
+
+@command(
+    "reindex", examples="castore reindex     after a copy, or when the cache folder was deleted or is damaged"
+)
+def reindex_command(app: App) -> int | None:
+    """Build the index again from the packs.
+
+    castore does this by itself when it finds the index missing or damaged. Exits with 3 when a pack is
+    damaged; what can be read of it is in the index.
+    """
+    with app.open() as repository, app.progress("reading packs") as progress:
+        report: ReindexReport = repository.reindex(progress=progress)
+    if app.as_json:
+        app.document(report.to_json())
+    else:
+        for name, problem in report.damaged_packs:
+            app.line(f"{app.style('damaged', fg='red')} {clean(name)}: {clean(problem)}")
+        app.line(f"indexed {plural(report.chunk_count, 'chunk')} in {plural(report.pack_count, 'pack')}")
+    return Exit.DAMAGE if report.damaged_packs else None

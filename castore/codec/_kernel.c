@@ -3,11 +3,14 @@
  * The same functions exist in numpy (transform.py), which is used where no compiler was at hand; a test compares the two bit for
  * bit. A pass in C runs at the speed of memory, numpy needs one pass for each step.
  *
- *     split(raw, base or None, planes, width, rotate)    planes: width * items bytes, least significant plane first
- *     merge(planes, base or None, out, width, rotate)    planes: a tuple of `width` buffers of `items` bytes
+ *     split(raw, base or None, planes, kept or None, width, rotate) -> number of elements kept
+ *     merge(planes, kept or None, base or None, out, width, rotate)
  *
- * Without a base an element is rotated left by one bit when `rotate` is true. With a base it becomes
- * zigzag(element - base), both taken as integers that wrap around; `rotate` is ignored then.
+ * `split` writes plane k (0 is the least significant byte of each element) to planes[k * items] and on. Without a base an
+ * element is rotated left by one bit when `rotate` is true. With a base it becomes zigzag(element - base), both taken as
+ * integers that wrap around; `rotate` is ignored then. Where `kept` is given, groups of 32 elements that are all zero
+ * after that are left out; bit i of `kept` (least significant bit of a byte first) tells that group i was kept.
+ * `merge` takes a tuple of `width` planes and undoes all of it.
  *
  * All buffers are contiguous bytes; lengths are checked here, once, before the GIL is released. Little-endian machines only:
  * elsewhere the build stops and numpy is used.
@@ -117,57 +120,107 @@ FAST static void gather_8(const uint8_t *const *planes, Py_ssize_t start, uint64
     }
 }
 
-static void split_all(const uint8_t *raw, const uint8_t *base, uint8_t *planes, Py_ssize_t items, int width, int rotate)
-{
-    for (Py_ssize_t start = 0; start < items; start += BLOCK) {
-        Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
-        const uint8_t *from = raw + start * width;
-        const uint8_t *other = base ? base + start * width : NULL;
-        uint8_t *p = planes + start;
-        if (width == 1) {
-            uint8_t block[BLOCK];
-            transform_1(from, other, block, count, rotate);
-            memcpy(p, block, count);
-        } else if (width == 2) {
-            uint16_t block[BLOCK];
-            transform_2(from, other, block, count, rotate);
-            scatter_2(block, p, p + items, count);
-        } else if (width == 4) {
-            uint32_t block[BLOCK];
-            transform_4(from, other, block, count, rotate);
-            scatter_4(block, p, p + items, p + 2 * items, p + 3 * items, count);
-        } else {
-            uint64_t block[BLOCK];
-            transform_8(from, other, block, count, rotate);
-            scatter_8(block, planes, items, start, count);
-        }
+/* Groups of zeros: rows that no token has touched, elements that did not change. */
+#define GROUP 32
+#define GROUPS_OF(items) (((items) + GROUP - 1) / GROUP)
+
+#define DEFINE_GROUPS(W, U)                                                                                            \
+    /* Move the groups that are not all zero together; returns how many elements are left. first is a group number. */ \
+    FAST static Py_ssize_t compact_##W(U *block, Py_ssize_t count, uint8_t *kept, Py_ssize_t first)                    \
+    {                                                                                                                  \
+        Py_ssize_t left = 0;                                                                                           \
+        for (Py_ssize_t at = 0; at < count; at += GROUP, first++) {                                                    \
+            Py_ssize_t length = count - at < GROUP ? count - at : GROUP;                                               \
+            U any = 0;                                                                                                 \
+            for (Py_ssize_t i = 0; i < length; i++) any |= block[at + i];                                              \
+            if (!any) continue;                                                                                        \
+            kept[first / 8] |= (uint8_t)(1u << (first % 8));                                                           \
+            if (left != at) memmove(block + left, block + at, length * sizeof(U));                                     \
+            left += length;                                                                                            \
+        }                                                                                                              \
+        return left;                                                                                                   \
+    }                                                                                                                  \
+    /* The inverse: spread the kept groups over `count` elements, from the end so that nothing is overwritten. */      \
+    FAST static void expand_##W(U *block, Py_ssize_t left, Py_ssize_t count, const uint8_t *kept, Py_ssize_t first)    \
+    {                                                                                                                  \
+        for (Py_ssize_t group = GROUPS_OF(count) - 1; group >= 0; group--) {                                           \
+            Py_ssize_t at = group * GROUP;                                                                             \
+            Py_ssize_t length = count - at < GROUP ? count - at : GROUP;                                               \
+            if (kept[(first + group) / 8] >> ((first + group) % 8) & 1) {                                              \
+                left -= length;                                                                                        \
+                if (left != at) memmove(block + at, block + left, length * sizeof(U));                                 \
+            } else {                                                                                                   \
+                memset(block + at, 0, length * sizeof(U));                                                             \
+            }                                                                                                          \
+        }                                                                                                              \
     }
+
+DEFINE_GROUPS(1, uint8_t)
+DEFINE_GROUPS(2, uint16_t)
+DEFINE_GROUPS(4, uint32_t)
+DEFINE_GROUPS(8, uint64_t)
+
+/* How many of the elements start..start+count lie in kept groups; start is a multiple of GROUP. */
+static Py_ssize_t count_kept(const uint8_t *kept, Py_ssize_t start, Py_ssize_t count)
+{
+    Py_ssize_t left = 0;
+    for (Py_ssize_t at = 0; at < count; at += GROUP) {
+        Py_ssize_t group = (start + at) / GROUP;
+        if (kept[group / 8] >> (group % 8) & 1) left += count - at < GROUP ? count - at : GROUP;
+    }
+    return left;
 }
 
-static void merge_all(const uint8_t *const *planes, const uint8_t *base, uint8_t *out, Py_ssize_t items, int width,
-                      int rotate)
+#define SPLIT_BLOCK(W, U, SCATTER)                                                                                     \
+    {                                                                                                                  \
+        U block[BLOCK];                                                                                                \
+        transform_##W(raw + start * W, other, block, count, rotate);                                                   \
+        if (kept) count = compact_##W(block, count, kept, start / GROUP);                                              \
+        SCATTER;                                                                                                       \
+    }
+
+static Py_ssize_t split_all(const uint8_t *raw, const uint8_t *base, uint8_t *planes, uint8_t *kept, Py_ssize_t items,
+                            int width, int rotate)
 {
+    Py_ssize_t done = 0;
+    if (kept) memset(kept, 0, (GROUPS_OF(items) + 7) / 8);
     for (Py_ssize_t start = 0; start < items; start += BLOCK) {
         Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
         const uint8_t *other = base ? base + start * width : NULL;
+        uint8_t *p = planes + done;
+        if (width == 1) SPLIT_BLOCK(1, uint8_t, memcpy(p, block, count))
+        else if (width == 2) SPLIT_BLOCK(2, uint16_t, scatter_2(block, p, p + items, count))
+        else if (width == 4) SPLIT_BLOCK(4, uint32_t, scatter_4(block, p, p + items, p + 2 * items, p + 3 * items, count))
+        else SPLIT_BLOCK(8, uint64_t, scatter_8(block, planes, items, done, count))
+        done += count;
+    }
+    return done;
+}
+
+#define MERGE_BLOCK(W, U, GATHER)                                                                                      \
+    {                                                                                                                  \
+        U block[BLOCK];                                                                                                \
+        GATHER;                                                                                                        \
+        if (kept) expand_##W(block, left, count, kept, start / GROUP);                                                 \
+        untransform_##W(block, other, to, count, rotate);                                                              \
+    }
+
+static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
+                      Py_ssize_t items, int width, int rotate)
+{
+    Py_ssize_t done = 0;
+    for (Py_ssize_t start = 0; start < items; start += BLOCK) {
+        Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
+        Py_ssize_t left = kept ? count_kept(kept, start, count) : count;
+        const uint8_t *other = base ? base + start * width : NULL;
         uint8_t *to = out + start * width;
-        if (width == 1) {
-            uint8_t block[BLOCK];
-            memcpy(block, planes[0] + start, count);
-            untransform_1(block, other, to, count, rotate);
-        } else if (width == 2) {
-            uint16_t block[BLOCK];
-            gather_2(planes[0] + start, planes[1] + start, block, count);
-            untransform_2(block, other, to, count, rotate);
-        } else if (width == 4) {
-            uint32_t block[BLOCK];
-            gather_4(planes[0] + start, planes[1] + start, planes[2] + start, planes[3] + start, block, count);
-            untransform_4(block, other, to, count, rotate);
-        } else {
-            uint64_t block[BLOCK];
-            gather_8(planes, start, block, count);
-            untransform_8(block, other, to, count, rotate);
-        }
+        if (width == 1) MERGE_BLOCK(1, uint8_t, memcpy(block, planes[0] + done, left))
+        else if (width == 2) MERGE_BLOCK(2, uint16_t, gather_2(planes[0] + done, planes[1] + done, block, left))
+        else if (width == 4)
+            MERGE_BLOCK(4, uint32_t,
+                        gather_4(planes[0] + done, planes[1] + done, planes[2] + done, planes[3] + done, block, left))
+        else MERGE_BLOCK(8, uint64_t, gather_8(planes, done, block, left))
+        done += left;
     }
 }
 
@@ -178,15 +231,18 @@ static int width_is_valid(int width)
     return 0;
 }
 
-/* A base of None leaves the view empty (obj NULL). */
-static int get_base(PyObject *object, Py_buffer *view, Py_ssize_t needed)
+/* An optional buffer; None leaves the view empty (obj NULL). */
+static int get_optional(PyObject *object, Py_buffer *view, int flags, Py_ssize_t needed)
 {
     view->obj = NULL;
     view->buf = NULL;
     if (object == Py_None) return 0;
-    if (PyObject_GetBuffer(object, view, PyBUF_SIMPLE) < 0) return -1;
+    if (PyObject_GetBuffer(object, view, flags) < 0) {
+        view->obj = NULL;
+        return -1;
+    }
     if (view->len >= needed) return 0;
-    PyErr_SetString(PyExc_ValueError, "the base is shorter than the elements");
+    PyErr_SetString(PyExc_ValueError, "the base or the kept groups are shorter than the elements");
     PyBuffer_Release(view);
     view->obj = NULL;
     return -1;
@@ -199,25 +255,28 @@ static void release(Py_buffer *view)
 
 static PyObject *kernel_split(PyObject *module, PyObject *args)
 {
-    Py_buffer raw, planes, base;
-    PyObject *base_object, *result = NULL;
+    Py_buffer raw, planes, base, kept;
+    PyObject *base_object, *kept_object, *result = NULL;
     int width, rotate;
+    Py_ssize_t done;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*Ow*ip", &raw, &base_object, &planes, &width, &rotate)) return NULL;
+    if (!PyArg_ParseTuple(args, "y*Ow*Oip", &raw, &base_object, &planes, &kept_object, &width, &rotate)) return NULL;
+    base.obj = kept.obj = NULL;
     if (!width_is_valid(width)) goto done;
     Py_ssize_t items = raw.len / width;
     if (planes.len < items * width) {
         PyErr_SetString(PyExc_ValueError, "the planes are shorter than the elements");
         goto done;
     }
-    if (get_base(base_object, &base, items * width) < 0) goto done;
+    if (get_optional(base_object, &base, PyBUF_SIMPLE, items * width) < 0) goto done;
+    if (get_optional(kept_object, &kept, PyBUF_WRITABLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
-    split_all(raw.buf, base.obj ? base.buf : NULL, planes.buf, items, width, rotate);
+    done = split_all(raw.buf, base.obj ? base.buf : NULL, planes.buf, kept.obj ? kept.buf : NULL, items, width, rotate);
     Py_END_ALLOW_THREADS
-    release(&base);
-    result = Py_None;
-    Py_INCREF(result);
+    result = PyLong_FromSsize_t(done);
 done:
+    release(&base);
+    release(&kept);
     PyBuffer_Release(&raw);
     PyBuffer_Release(&planes);
     return result;
@@ -225,43 +284,48 @@ done:
 
 static PyObject *kernel_merge(PyObject *module, PyObject *args)
 {
-    Py_buffer out, base, views[8];
+    Py_buffer out, base, kept, views[8];
     const uint8_t *planes[8];
-    PyObject *tuple, *base_object, *result = NULL;
+    PyObject *tuple, *base_object, *kept_object, *result = NULL;
     int width, rotate, held = 0;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!Ow*ip", &PyTuple_Type, &tuple, &base_object, &out, &width, &rotate)) return NULL;
+    if (!PyArg_ParseTuple(args, "O!OOw*ip", &PyTuple_Type, &tuple, &kept_object, &base_object, &out, &width, &rotate))
+        return NULL;
+    base.obj = kept.obj = NULL;
     if (!width_is_valid(width)) goto done;
     if (PyTuple_Size(tuple) != width) {
         PyErr_SetString(PyExc_ValueError, "one plane is needed for each byte of the width");
         goto done;
     }
     Py_ssize_t items = out.len / width;
+    if (get_optional(base_object, &base, PyBUF_SIMPLE, items * width) < 0) goto done;
+    if (get_optional(kept_object, &kept, PyBUF_SIMPLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
+    Py_ssize_t left = kept.obj ? count_kept(kept.buf, 0, items) : items;
     for (; held < width; held++) {
         if (PyObject_GetBuffer(PyTuple_GetItem(tuple, held), &views[held], PyBUF_SIMPLE) < 0) goto done;
-        if (views[held].len != items) {
-            PyErr_SetString(PyExc_ValueError, "a plane has another length than the elements");
+        if (views[held].len != left) {
+            PyErr_SetString(PyExc_ValueError, "a plane has another length than the kept elements");
             held++;
             goto done;
         }
         planes[held] = views[held].buf;
     }
-    if (get_base(base_object, &base, items * width) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
-    merge_all(planes, base.obj ? base.buf : NULL, out.buf, items, width, rotate);
+    merge_all(planes, kept.obj ? kept.buf : NULL, base.obj ? base.buf : NULL, out.buf, items, width, rotate);
     Py_END_ALLOW_THREADS
-    release(&base);
     result = Py_None;
     Py_INCREF(result);
 done:
     while (held > 0) PyBuffer_Release(&views[--held]);
+    release(&base);
+    release(&kept);
     PyBuffer_Release(&out);
     return result;
 }
 
 static PyMethodDef methods[] = {
-    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, width, rotate): elements to planes"},
-    {"merge", kernel_merge, METH_VARARGS, "merge(planes, base, out, width, rotate): planes to elements"},
+    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, rotate): elements to planes"},
+    {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, rotate): planes to elements"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,8 +1,8 @@
 """Which codec a chunk gets: decided by its content, never by its name, from a sample before the work is spent.
 
-    auto   constant → planes (floats and integers wider than a byte) or zstd (bytes), raw where nothing is gained
-    lz4    constant → lz4, raw where nothing is gained
-    none   raw always: such chunks form runs that can be mapped
+auto   constant → planes (floats and integers wider than a byte) or zstd (bytes), raw where nothing is gained
+lz4    constant → lz4, raw where nothing is gained
+none   raw always: such chunks form runs that can be mapped
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ class Encoded:
     """The caller's own buffer when the chain is empty."""
 
 
-def encode_chunk(raw: Buffer, elements: Elements, compression: Compression, *, chunk_id: ChunkId, hasher: Hasher) -> Encoded:
-    """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw. Thread-safe.
+def encode_chunk(
+    raw: Buffer, elements: Elements, compression: Compression, *, chunk_id: ChunkId, hasher: Hasher
+) -> Encoded:
+    """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
+    Thread-safe.
 
-    Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at fault.
+    Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at
+    fault.
     """
     for number in _candidates(raw, elements, compression):
         payload = codec_numbered(number).encode(raw, elements)
@@ -89,6 +93,7 @@ def _prove(number: int, payload: Buffer, raw_bytes: int, chunk_id: ChunkId, hash
     decode_chain((number,), memoryview(payload), out)
     if hasher.digest(out) != chunk_id:
         raise CodecError(
-            f"codec {number}: a fresh record of {raw_bytes} bytes does not decode to chunk {chunk_id.hex()}; was the state "
+            f"codec {number}: a fresh record of {raw_bytes} bytes does not decode to chunk {chunk_id.hex()}; was the "
+            "state "
             "changed by another thread during the save? If not, test this machine's memory"
         )

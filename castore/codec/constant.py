@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from castore.codec.base import Elements
 from castore.errors import CodecError
+from castore.hashing import checksum
 from castore.ids import Buffer
 
 _UNIT_BYTES = (1, 2, 4, 8, 16)
-_PROBE_BYTES = 64
+_PROBES = 8
 
 
 class Constant:
@@ -20,12 +21,13 @@ class Constant:
         """The shortest unit that repeats through all of `raw`, or None."""
         data = memoryview(raw)
         for unit_bytes in _UNIT_BYTES:
-            unit = bytes(data[:unit_bytes])
             if len(data) < 2 * unit_bytes or len(data) % unit_bytes:
                 return None
-            # A short prefix rules nearly every chunk out before the whole is looked at.
-            if data[:_PROBE_BYTES] == _repeat(unit, min(_PROBE_BYTES, len(data))) and bytes(data) == _repeat(unit, len(data)):
-                return unit
+            # Probes rule nearly every chunk out before the whole is looked at.
+            if _probes_repeat(data, unit_bytes) and checksum(data[unit_bytes:]) == checksum(data[:-unit_bytes]):
+                # Bytes that equal themselves shifted by one unit repeat it. Equal checksums only suggest that: the
+                # chooser proves every record by its chunk id.
+                return bytes(data[:unit_bytes])
         return None
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
@@ -35,5 +37,12 @@ class Constant:
         out[:] = _repeat(bytes(stored), len(out))
 
 
+def _probes_repeat(data: memoryview, unit_bytes: int) -> bool:
+    unit = bytes(data[:unit_bytes])
+    last = len(data) // unit_bytes - 1
+    places = {last * index // _PROBES for index in range(_PROBES + 1)}
+    return all(data[place * unit_bytes : (place + 1) * unit_bytes] == unit for place in places)
+
+
 def _repeat(unit: bytes, length: int) -> bytes:
-    return unit * (length // len(unit)) + unit[: length % len(unit)]
+    return unit * (length // len(unit))

@@ -34,7 +34,7 @@ def codec_numbered(number: int) -> Codec:
     if number == Constant.number:
         return Constant()
     if number == 3:
-        from castore.codec.byte_planes import BytePlanes  # noqa: PLC0415  numpy costs 80 ms of start-up
+        from castore.codec.byte_planes import BytePlanes
 
         return BytePlanes()
     raise UnsupportedFormatError(f"codec {number} is unknown to this castore; install a newer one")

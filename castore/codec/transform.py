@@ -1,9 +1,10 @@
 """Elements ↔ byte planes, with or without a base: in C where the package was built with a compiler, in numpy elsewhere.
 
-Both do the same bit for bit (tests/codec/test_transform.py). The C kernel needs one pass over memory, numpy one for each
-step. CASTORE_KERNEL=numpy selects numpy, for comparison.
+Both do the same bit for bit (tests/codec/test_transform.py). The C kernel needs one pass over memory, numpy one for
+each step. CASTORE_KERNEL=numpy selects numpy, for comparison.
 
-Scratch arrays are kept per thread and reused: fresh memory costs a page fault every 4 KiB, which is slower than the work.
+Scratch arrays are kept per thread and reused: fresh memory costs a page fault every 4 KiB, which is slower than the
+work.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,16 +25,43 @@ Bytes = npt.NDArray[np.uint8]
 _WORD: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
-class Kernel(Protocol):
-    """The functions of the compiled kernel, and of its numpy twin."""
+GROUP_ITEMS = 32
+"""Elements that are left out together when they are all zero. A row of an embedding that no token touched is a run of
+zeros in the moments, and of unchanged elements in a delta; 32 divides the usual row lengths, and its bitmap costs
+1/1024 of fp32 data."""
 
-    def split(self, raw: Buffer, base: Buffer | None, planes: Buffer, width: int, rotate: bool, /) -> None:
-        """Elements to planes: `planes` holds width * items bytes, least significant plane first."""
+
+class Kernel(Protocol):
+    """The functions of the compiled kernel, and of its numpy twin; _kernel.c says what they do."""
+
+    def split(
+        self, raw: Buffer, base: Buffer | None, planes: Buffer, kept: Buffer | None, width: int, rotate: bool, /
+    ) -> int:
+        """Elements to planes; returns how many elements were kept."""
         ...
 
-    def merge(self, planes: tuple[Buffer, ...], base: Buffer | None, out: Buffer, width: int, rotate: bool, /) -> None:
+    def merge(
+        self,
+        planes: tuple[Buffer, ...],
+        kept: Buffer | None,
+        base: Buffer | None,
+        out: Buffer,
+        width: int,
+        rotate: bool,
+        /,
+    ) -> None:
         """Planes to elements."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Elements regrouped by significance."""
+
+    array: Bytes
+    """Shape (width, kept elements), least significant plane first; scratch memory of the thread that split."""
+    kept: bytes | None
+    """Bitmap of the groups that were kept, least significant bit first; None when all were."""
 
 
 class _Scratch(threading.local):
@@ -52,27 +81,46 @@ def scratch(slot: int, length: int) -> Bytes:
     return array[:length]
 
 
-def split(raw: Buffer, width: int, *, rotate: bool, base: Buffer | None = None) -> Bytes:
-    """Planes of shape (width, items), least significant first, in scratch memory; bytes past the last element are ignored.
+def kept_bytes(items: int) -> int:
+    """Length of the bitmap of kept groups."""
+    return -(-items // (8 * GROUP_ITEMS))
+
+
+def split(raw: Buffer, width: int, *, rotate: bool, base: Buffer | None = None) -> Planes:
+    """Planes of the elements of `raw`; bytes past the last element are ignored.
 
     Without a base `rotate` turns every element left by one bit. With one an element becomes zigzag(element - base),
-    both taken as wrapping integers.
+    both taken as wrapping integers. Groups that are all zero after that are left out.
     """
     items = len(raw) // width
-    planes = scratch(_SPLIT_SLOT, width * items)
-    kernel.split(raw, base, memoryview(planes), width, rotate)
-    return planes.reshape(width, items)
+    memory = scratch(_SPLIT_SLOT, width * items)
+    kept = bytearray(kept_bytes(items))
+    count = kernel.split(raw, base, memory.data, kept, width, rotate)
+    planes = memory.reshape(width, items)[:, :count]
+    return Planes(planes, None if count == items else bytes(kept))
 
 
-def merge(planes: Sequence[Buffer], out: memoryview, *, rotate: bool, base: Buffer | None = None) -> None:
+def merge(
+    planes: Sequence[Buffer], out: memoryview, *, rotate: bool, kept: Buffer | None = None, base: Buffer | None = None
+) -> None:
     """The inverse of split: fill the elements of `out` from planes of equal length."""
-    kernel.merge(tuple(planes), base, out, len(planes), rotate)
+    kernel.merge(tuple(planes), kept, base, out, len(planes), rotate)
+
+
+def kept_count(kept: Buffer, items: int) -> int:
+    """How many of `items` elements lie in kept groups."""
+    bits = np.unpackbits(np.frombuffer(kept, np.uint8), bitorder="little", count=-(-items // GROUP_ITEMS))
+    count = int(bits.sum()) * GROUP_ITEMS
+    tail = items % GROUP_ITEMS
+    return count - (GROUP_ITEMS - tail) if tail and bits[-1] else count
 
 
 class NumpyKernel:
     """The same transform with numpy."""
 
-    def split(self, raw: Buffer, base: Buffer | None, planes: Buffer, width: int, rotate: bool, /) -> None:
+    def split(
+        self, raw: Buffer, base: Buffer | None, planes: Buffer, kept: Buffer | None, width: int, rotate: bool, /
+    ) -> int:
         """See Kernel."""
         items = len(raw) // width
         words = np.frombuffer(raw, _WORD[width], count=items)
@@ -87,19 +135,35 @@ class NumpyKernel:
             np.left_shift(words, 1, out=changed)
             np.bitwise_or(changed, np.right_shift(words, 8 * width - 1), out=changed)
             words = changed
-        columns = words.view(np.uint8).reshape(items, width)
+        if kept is not None:
+            words = _compact(words, kept)
+        columns = words.view(np.uint8).reshape(len(words), width)
         target = np.frombuffer(planes, np.uint8, count=width * items).reshape(width, items)
         for index in range(width):
-            target[index] = columns[:, index]
+            target[index, : len(words)] = columns[:, index]
+        return len(words)
 
-    def merge(self, planes: tuple[Buffer, ...], base: Buffer | None, out: Buffer, width: int, rotate: bool, /) -> None:
+    def merge(
+        self,
+        planes: tuple[Buffer, ...],
+        kept: Buffer | None,
+        base: Buffer | None,
+        out: Buffer,
+        width: int,
+        rotate: bool,
+        /,
+    ) -> None:
         """See Kernel."""
         items = len(out) // width
-        target = np.frombuffer(out, np.uint8, count=items * width)
-        columns = target.reshape(items, width)
+        words = np.frombuffer(out, _WORD[width], count=items)
+        mask = _element_mask(kept, items) if kept is not None else None
+        packed = words if mask is None else np.empty(int(mask.sum()), _WORD[width])
+        columns = packed.view(np.uint8).reshape(len(packed), width)
         for index, plane in enumerate(planes):
-            columns[:, index] = np.frombuffer(plane, np.uint8, count=items)
-        words = target.view(_WORD[width])
+            columns[:, index] = np.frombuffer(plane, np.uint8, count=len(packed))
+        if mask is not None:
+            words[:] = 0
+            words[mask] = packed
         if base is not None:
             sign = np.negative(np.bitwise_and(words, 1))
             np.right_shift(words, 1, out=words)
@@ -109,6 +173,25 @@ class NumpyKernel:
             low = np.left_shift(words, 8 * width - 1)
             np.right_shift(words, 1, out=words)
             np.bitwise_or(words, low, out=words)
+
+
+def _compact(words: npt.NDArray[Any], kept: Buffer) -> npt.NDArray[Any]:
+    """Leave out the groups that are all zero, and note the others in the bitmap."""
+    items = len(words)
+    whole = items // GROUP_ITEMS * GROUP_ITEMS
+    groups = words[:whole].reshape(-1, GROUP_ITEMS).any(axis=1)
+    if whole < items:
+        groups = np.append(groups, words[whole:].any())
+    bitmap = np.frombuffer(kept, np.uint8)
+    bitmap[:] = 0
+    bits = np.packbits(groups, bitorder="little")
+    bitmap[: len(bits)] = bits
+    return words if groups.all() else words[np.repeat(groups, GROUP_ITEMS)[:items]]
+
+
+def _element_mask(kept: Buffer, items: int) -> npt.NDArray[np.bool_]:
+    bits = np.unpackbits(np.frombuffer(kept, np.uint8), bitorder="little", count=-(-items // GROUP_ITEMS))
+    return np.repeat(bits.astype(bool), GROUP_ITEMS)[:items]
 
 
 def _best_kernel() -> Kernel:

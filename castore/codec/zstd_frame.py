@@ -15,6 +15,7 @@ from castore.errors import CodecError
 from castore.ids import Buffer
 
 _LEVEL = 3
+_NOT_DECLARED = -1
 
 
 class ThreadContexts(threading.local):
@@ -28,6 +29,10 @@ class ThreadContexts(threading.local):
 def decompress_exactly(decompressor: zstandard.ZstdDecompressor, stored: Buffer, out: memoryview) -> None:
     """Fill `out` from one zstd frame. Raises CodecError, also when the frame holds more or fewer bytes."""
     try:
+        # A frame that says how much it holds is believed by the library before `max_output_size` is.
+        declared = zstandard.frame_content_size(stored)
+        if declared not in (_NOT_DECLARED, len(out)):
+            raise CodecError(f"zstd: expected {len(out)} bytes, found a frame of {declared}")
         decoded = decompressor.decompress(stored, max_output_size=len(out), allow_extra_data=False)
     except (zstandard.ZstdError, ValueError, MemoryError) as error:
         raise CodecError(f"zstd: expected {len(out)} bytes: {error}") from error

@@ -1,13 +1,13 @@
 """The config file: what a repository is. A text file (textfile.py) with these fields:
 
-    format       int     format version; 0 is provisional
-    id           str     32 hex digits, random: two repositories are never mistaken for each other
-    hash         str     "xxh3-128" or "blake3"
-    compression  str     "auto", "lz4" or "none"
-    lease_s      number  how long another host's lease counts as alive without a sign of life
-    orphan_grace_s number  how long a snapshot without a ref is kept
-    created_ns   int     ns since 1970
-    features     object  {"read": [..], "write": [..], "gc": [..]}: names that an operation must understand, else it refuses
+format       int     format version; 0 is provisional
+id           str     32 hex digits, random: two repositories are never mistaken for each other
+hash         str     "xxh3-128" or "blake3"
+compression  str     "auto", "lz4" or "none"
+lease_s      number  how long another host's lease counts as alive without a sign of life
+orphan_grace_s number  how long a snapshot without a ref is kept
+created_ns   int     ns since 1970
+features     object  {"read": [..], "write": [..], "gc": [..]}: names that an operation must understand, else it refuses
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Config:
         unknown = sorted(self.features[operation] - KNOWN_FEATURES)
         if unknown:
             raise UnsupportedFormatError(
-                f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; install a newer one"
+                f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; "
+                "install a newer one"
             )
 
 
@@ -75,7 +76,9 @@ def decode_config(data: bytes, *, where: str) -> Config:
     if not is_hex(repository_id) or len(repository_id) != 32:
         raise FormatError(f"{where}: expected a repository id of 32 hex digits, found {repository_id!r}")
     if fields.get("hash") not in HASH_NAMES:
-        raise UnsupportedFormatError(f"{where}: hash {fields.get('hash')!r} is unknown; expected {', '.join(HASH_NAMES)}")
+        raise UnsupportedFormatError(
+            f"{where}: hash {fields.get('hash')!r} is unknown; expected {', '.join(HASH_NAMES)}"
+        )
     if fields.get("compression") not in COMPRESSIONS:
         raise UnsupportedFormatError(
             f"{where}: compression {fields.get('compression')!r} is unknown; expected {', '.join(COMPRESSIONS)}"

@@ -10,8 +10,8 @@
     gc/<random>.condemned
     cache/                          the index; may be deleted at any time
 
-Names given by people are encoded: every byte of their UTF-8 outside a-z 0-9 _ - becomes %XX (upper-case letters and dots
-too, so that names stay apart on file systems that fold case, and none is hidden or has a meaning of its own).
+Names given by people are encoded: every byte of their UTF-8 outside a-z 0-9 _ - becomes %XX (upper-case letters and
+dots too, so that names stay apart on file systems that fold case, and none is hidden or has a meaning of its own).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def snapshot_name(snapshot_id: SnapshotId) -> str:
 def parse_snapshot_name(name: str) -> SnapshotId | None:
     """The snapshot id, or None when the name is not a snapshot's."""
     stem = name.removeprefix(SNAPSHOTS)
-    return SnapshotId(stem) if is_hex(stem) and len(stem) in (32, 64) else None
+    is_id = is_hex(stem) and len(stem) in (32, 64) and name == snapshot_name(SnapshotId(stem))
+    return SnapshotId(stem) if is_id else None
 
 
 def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
@@ -81,7 +82,9 @@ def encode_ref_name(name: str) -> str:
     """The file name of a branch or tag; raises InvalidNameError when it would be too long for a file system."""
     encoded = "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in name.encode())
     if len(encoded) > _ENCODED_BYTES_MAX:
-        raise InvalidNameError(f"name {name[:40]!r}…: expected at most {_ENCODED_BYTES_MAX} encoded bytes, found {len(encoded)}")
+        raise InvalidNameError(
+            f"name {name[:40]!r}…: expected at most {_ENCODED_BYTES_MAX} encoded bytes, found {len(encoded)}"
+        )
     return encoded
 
 
@@ -89,12 +92,11 @@ def decode_ref_name(encoded: str) -> str:
     """The name behind an encoded file name; raises FormatError when it is not one that encode_ref_name makes."""
     try:
         name = unquote_to_bytes(encoded).decode()
-        canonical = encode_ref_name(name) == encoded
-    except (UnicodeDecodeError, InvalidNameError):
-        canonical = False
-    if not canonical:
-        raise FormatError(f"refs: {encoded!r} is not an encoded ref name; move the file out of the repository")
-    return name
+        if encode_ref_name(name) == encoded:
+            return name
+    except (UnicodeError, InvalidNameError):
+        pass
+    raise FormatError(f"refs: {encoded!r} is not an encoded ref name; move the file out of the repository")
 
 
 def check_ref_name(name: str) -> None:

@@ -174,7 +174,17 @@ def _pack_entry(entry: Entry) -> list[Any]:
         data = [entry.id_lists, None]
     attrs = dict(sorted(entry.attrs.items())) or None
     hints = dict(sorted(entry.hints.items())) or None
-    return [entry.path, int(entry.kind), entry.dtype, list(entry.shape), attrs, hints, entry.raw_bytes, data, entry.digest]
+    return [
+        entry.path,
+        int(entry.kind),
+        entry.dtype,
+        list(entry.shape),
+        attrs,
+        hints,
+        entry.raw_bytes,
+        data,
+        entry.digest,
+    ]
 
 
 def decode_part(data: Buffer, *, id_bytes: int, where: str) -> list[Entry]:
@@ -187,8 +197,13 @@ def decode_part(data: Buffer, *, id_bytes: int, where: str) -> list[Entry]:
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise FormatError(f"{where}: not a manifest part: {error}") from error
     if version != PART_VERSION or not isinstance(packed_entries, list):
-        raise FormatError(f"{where}: expected part version {PART_VERSION}, found {version!r}; a newer castore may read it")
-    return [_unpack_entry(packed, id_bytes, where) for packed in packed_entries]
+        raise FormatError(
+            f"{where}: expected part version {PART_VERSION}, found {version!r}; a newer castore may read it"
+        )
+    try:
+        return [_unpack_entry(packed, id_bytes, where) for packed in packed_entries]
+    except RecursionError as error:
+        raise FormatError(f"{where}: nested deeper than any manifest part that castore writes") from error
 
 
 def _unpack_entry(packed: Any, id_bytes: int, where: str) -> Entry:
@@ -220,9 +235,11 @@ def _unpack_entry(packed: Any, id_bytes: int, where: str) -> Entry:
 def _check_lengths(entry: Entry, data: Any, id_bytes: int, where: str) -> None:
     """Every length that a reader would allocate by is derived twice and compared."""
     if (entry.digest is not None) != (entry.kind is Kind.VIEW) or (entry.digest and len(entry.digest) != id_bytes):
-        raise FormatError(f"{where}: {entry.kind.name} with a digest of {entry.digest!r:.80}: views have one, nothing else")
+        raise FormatError(
+            f"{where}: {entry.kind.name} with a digest of {entry.digest!r:.80}: views have one, nothing else"
+        )
     if not entry.has_bytes:
-        if data is not None or entry.raw_bytes and entry.is_container:
+        if data is not None or (entry.raw_bytes and entry.is_container):
             raise FormatError(f"{where}: {entry.kind.name} carries data and must not")
         return
     count = chunk_count(entry.raw_bytes)
@@ -236,7 +253,9 @@ def _check_lengths(entry: Entry, data: Any, id_bytes: int, where: str) -> None:
         found = None if entry.chunks is None else len(entry.chunks)
         expected = count * id_bytes
     if found != expected:
-        raise FormatError(f"{where}: {entry.raw_bytes} raw bytes: expected {expected} bytes of data or ids, found {found}")
+        raise FormatError(
+            f"{where}: {entry.raw_bytes} raw bytes: expected {expected} bytes of data or ids, found {found}"
+        )
 
 
 def _checked(value: Any, kind: type, where: str) -> Any:
@@ -246,7 +265,7 @@ def _checked(value: Any, kind: type, where: str) -> Any:
 
 
 def _checked_map(value: Any, where: str) -> dict[str, Any]:
-    """attrs and hints are sorted by key when they are written, and attrs again for the state id."""
+    """Attrs and hints are sorted by key when they are written, and attrs again for the state id."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FormatError(f"{where}: expected a map with text keys, found {str(value)[:80]}")
     return value

@@ -1,5 +1,5 @@
-"""Pack files: immutable runs of records, then a table, then a trailer. All integers are little-endian; n is the width of
-a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multiple of 8 bytes; gaps are zero.
+"""Pack files: immutable runs of records, then a table, then a trailer. All integers are little-endian; n is the width
+of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multiple of 8 bytes; gaps are zero.
 
     header (64 bytes)
         0   8  magic "CASTPACK"
@@ -206,7 +206,9 @@ def encode_trailer(trailer: Trailer) -> bytes:
 def decode_trailer(data: Buffer, *, pack_bytes: int, id_bytes: int, where: str) -> Trailer:
     """The trailer, its claims compared with the length of the file. Raises FormatError or ChecksumError."""
     if len(data) != TRAILER_BYTES:
-        raise FormatError(f"{where}: expected a trailer of {TRAILER_BYTES} bytes, found {len(data)}: the file is cut short")
+        raise FormatError(
+            f"{where}: expected a trailer of {TRAILER_BYTES} bytes, found {len(data)}: the file is cut short"
+        )
     magic, table_offset, row_count, table_checksum, pack_id, found = _TRAILER.unpack(data)
     if magic != TRAILER_MAGIC:
         raise FormatError(f"{where}: expected trailer magic {TRAILER_MAGIC!r}, found {magic!r}: cut short or foreign")
@@ -249,6 +251,8 @@ def decode_record_header(data: Buffer, *, offset: int, id_bytes: int, where: str
         raise FormatError(f"{where}: expected record magic {RECORD_MAGIC!r}, found {magic!r}")
     if _low_half(view[:-4]) != bytes(view[-4:]):
         raise ChecksumError(f"{where}: the record header changed after it was written; run `castore verify --data`")
+    if flags:
+        raise FormatError(f"{where}: record flags {flags:#x} are unknown to this castore")
     row = Row(
         ChunkId(chunk_id),
         offset + header.size,
@@ -264,7 +268,9 @@ def decode_record_header(data: Buffer, *, offset: int, id_bytes: int, where: str
     return row
 
 
-def encode_run_header(rows: Sequence[tuple[ChunkId, int]], *, kind: RecordKind, payload_bytes: int, offset: int, id_bytes: int) -> bytes:
+def encode_run_header(
+    rows: Sequence[tuple[ChunkId, int]], *, kind: RecordKind, payload_bytes: int, offset: int, id_bytes: int
+) -> bytes:
     """The header of a run whose magic lies at `offset`, padded so that the payload starts on a page.
 
     `rows` are the chunk ids and payload checksums.
@@ -288,7 +294,9 @@ def decode_run_fixed(data: Buffer, *, id_bytes: int, where: str) -> tuple[int, i
         raise FormatError(f"{where}: expected a run header of {RUN_FIXED_BYTES} bytes, found {len(data)}")
     magic, _, width, _, count, header_bytes, payload_bytes, _ = _RUN_FIXED.unpack_from(data)
     if magic != RUN_MAGIC or width != id_bytes:
-        raise FormatError(f"{where}: expected run magic {RUN_MAGIC!r} with ids of {id_bytes} bytes, found {magic!r}, {width}")
+        raise FormatError(
+            f"{where}: expected run magic {RUN_MAGIC!r} with ids of {id_bytes} bytes, found {magic!r}, {width}"
+        )
     rows_end = RUN_FIXED_BYTES + count * _RUN_ROW[id_bytes].size
     if not rows_end <= header_bytes < rows_end + PAGE_BYTES or -(-payload_bytes // GRID_BYTES) != count or count == 0:
         raise FormatError(f"{where}: run lengths contradict each other: {count} chunks, {payload_bytes} payload bytes")
@@ -296,7 +304,9 @@ def decode_run_fixed(data: Buffer, *, id_bytes: int, where: str) -> tuple[int, i
 
 
 def decode_run_header(data: Buffer, *, offset: int, id_bytes: int, where: str) -> list[Row]:
-    """The rows of the run whose magic lies at `offset`; `data` holds its whole header. Raises FormatError, ChecksumError."""
+    """The rows of the run whose magic lies at `offset`; `data` holds its whole header. Raises FormatError,
+    ChecksumError.
+    """
     count, header_bytes, payload_bytes = decode_run_fixed(data, id_bytes=id_bytes, where=where)
     rows_end = RUN_FIXED_BYTES + count * _RUN_ROW[id_bytes].size
     if len(data) < rows_end:
@@ -306,7 +316,9 @@ def decode_run_header(data: Buffer, *, offset: int, id_bytes: int, where: str) -
     _check_sum(where, "run header", expected=stored_sum, found=checksum(bytes(view[:24]) + bytes(view[32:rows_end])))
     start = offset + header_bytes
     return [
-        run_row(ChunkId(chunk_id), sum_, index, start=start, payload_bytes=payload_bytes, kind=_record_kind(kind, where))
+        run_row(
+            ChunkId(chunk_id), sum_, index, start=start, payload_bytes=payload_bytes, kind=_record_kind(kind, where)
+        )
         for index, (chunk_id, sum_) in enumerate(_RUN_ROW[id_bytes].iter_unpack(view[RUN_FIXED_BYTES:rows_end]))
     ]
 
@@ -370,11 +382,17 @@ def check_row(row: Row, *, where: str) -> None:
     """Bounds that every row obeys, checked before a byte is allocated for it. Raises FormatError."""
     raw_max = GRID_BYTES if row.kind is RecordKind.LEAF else PART_BYTES_MAX
     stored_max = RECORD_STORED_BYTES_MAX if row.kind is RecordKind.LEAF else PART_BYTES_MAX
-    unequal = not row.chain and row.stored_bytes != row.raw_bytes
-    if row.raw_bytes > raw_max or row.stored_bytes > stored_max or unequal or (row.depth > 0) != (row.base_id is not None):
+    unequal = (not row.chain and row.stored_bytes != row.raw_bytes) or 0 in row.chain
+    if (
+        row.raw_bytes > raw_max
+        or row.stored_bytes > stored_max
+        or unequal
+        or (row.depth > 0) != (row.base_id is not None)
+    ):
         raise FormatError(
             f"{where}: chunk {row.chunk_id.hex()} declares {row.stored_bytes} stored and {row.raw_bytes} raw bytes at "
-            f"depth {row.depth}, codec chain {row.chain}; expected at most {stored_max} and {raw_max}, equal without codec"
+            f"depth {row.depth}, codec chain {row.chain}; expected at most {stored_max} and {raw_max}, equal without "
+            "codec"
         )
 
 
@@ -401,4 +419,6 @@ def _low_half(data: Buffer) -> bytes:
 
 def _check_sum(where: str, what: str, *, expected: int, found: int) -> None:
     if expected != found:
-        raise ChecksumError(f"{where}: {what}: expected checksum {expected:016x}, found {found:016x}; the bytes changed")
+        raise ChecksumError(
+            f"{where}: {what}: expected checksum {expected:016x}, found {found:016x}; the bytes changed"
+        )

@@ -10,7 +10,8 @@
     bytes               ~y: + hex
     tuple               ~t: + components joined by ",", with % and , inside each written %25 and %2C
 
-    escaped in text     / % control characters (below 0x20, 0x7f) and the glob signs * ? [ ]  as %XX of their UTF-8 bytes;
+    escaped in text     / % control characters (below 0x20, 0x7f) and the glob signs * ? [ ]  as %XX of their UTF-8
+    bytes;
                         a lone surrogate as %uXXXX; the whole components "." and ".." as %2E and %2E%2E
     reserved            a str that is empty, reads as an int, or begins with "~"
 
@@ -28,7 +29,10 @@ from urllib.parse import unquote_to_bytes
 from castore.errors import FormatError, UnsupportedLeafError
 
 _ESCAPE = re.compile(r"[\x00-\x1f\x7f%/*?\[\]\ud800-\udfff]")
+_INTEGER_KEY_END = 10**1000
+"""Python refuses to read integers of some thousands of digits, so such keys are refused when they are written."""
 _INTEGER = re.compile(r"(0|-?[1-9][0-9]*)\Z")
+_CLASS_ITEM = re.compile(r"(.)(?:-(.))?", re.DOTALL)
 _ENCODED_SURROGATE = re.compile(r"%u([0-9A-F]{4})")
 
 Key = Hashable
@@ -43,6 +47,8 @@ def encode_key(key: Key, *, parent: str = "") -> str:
     if type(key) is bool:
         return "~b:true" if key else "~b:false"
     if type(key) is int:
+        if abs(key) >= _INTEGER_KEY_END:
+            raise UnsupportedLeafError(parent, "int of more than 1000 digits (as a dict key)", "use shorter keys")
         return str(key)
     if key is None:
         return "~n"
@@ -53,7 +59,9 @@ def encode_key(key: Key, *, parent: str = "") -> str:
     if type(key) is tuple:
         return "~t:" + ",".join(_escape_item(encode_key(item, parent=parent)) for item in key)
     raise UnsupportedLeafError(
-        parent, f"{type(key).__name__} (as a dict key)", "use str, int, bool, float, bytes, None or tuples of them as keys"
+        parent,
+        f"{type(key).__name__} (as a dict key)",
+        "use str, int, bool, float, bytes, None or tuples of them as keys",
     )
 
 
@@ -61,12 +69,11 @@ def decode_key(component: str) -> Key:
     """The key behind a component; raises FormatError when encode_key cannot have made it."""
     try:
         key = _decode(component)
-        canonical = encode_key(key) == component
+        if encode_key(key) == component:
+            return key
     except (ValueError, UnsupportedLeafError, RecursionError):
-        canonical = False
-    if not canonical:
-        raise FormatError(f"path component {component[:80]!r} is not an escaped key")
-    return key
+        pass
+    raise FormatError(f"path component {component[:80]!r} is not an escaped key")
 
 
 def _decode(component: str) -> Key:
@@ -134,7 +141,10 @@ def last_component(path: str) -> str:
 @lru_cache(maxsize=256)
 def compile_glob(pattern: str) -> Callable[[str], bool]:
     """A predicate over escaped paths. A pattern that names a container matches all below it (`model` = `model/**`)."""
-    regex = "/".join(_glob_component(component) for component in pattern.strip("/").split("/"))
+    components = pattern.strip("/").split("/")
+    while len(components) > 1 and components[-1] == "**":
+        components.pop()  # said already by the rule that what matches a container matches all below it
+    regex = "/".join(_glob_component(component) for component in components)
     # "**" stands for whole levels: it swallows the slash beside it.
     regex = regex.replace("(?:.*)/", "(?:.*/)?")
     matcher = re.compile(rf"(?:{regex})(?:/.*)?\Z", re.DOTALL)
@@ -148,16 +158,34 @@ def _glob_component(component: str) -> str:
     position = 0
     while position < len(component):
         character = component[position]
-        close = component.find("]", position + 2) if character == "[" else -1
+        close = _class_end(component, position) if character == "[" else -1
         if character == "*":
             out.append("[^/]*")
         elif character == "?":
             out.append("[^/]")
         elif close > 0:
-            body = component[position + 1 : close].replace("\\", "\\\\").replace("[", r"\[")
-            out.append(f"[{'^' + body[1:] if body[0] == '!' else body}]")
+            out.append(_glob_class(component[position + 1 : close]))
             position = close
         else:
             out.append(re.escape(character))
         position += 1
     return "".join(out)
+
+
+def _class_end(component: str, start: int) -> int:
+    """Where the class that begins at `start` ends, -1 when it does not: its first character is never its end."""
+    first = start + 2 if component.startswith(("!", "^"), start + 1) else start + 1
+    return component.find("]", first + 1)
+
+
+def _glob_class(body: str) -> str:
+    """A class as in fnmatch: `!` or `^` negates, `a-z` is a range; like `*` it never matches the slash between
+    levels.
+    """
+    negated = body[0] in "!^"
+    ranges = ((low, high or low) for low, high in _CLASS_ITEM.findall(body[1:] if negated else body))
+    # A range that runs backwards holds nothing.
+    items = "".join(f"{re.escape(low)}-{re.escape(high)}" for low, high in ranges if low <= high)
+    if not items:
+        return "[^/]" if negated else "(?!)"
+    return f"(?!/)[{'^' * negated}{items}]"

@@ -130,18 +130,27 @@ def decode_snapshot(data: Buffer, *, where: str, expected_id: SnapshotId | None 
     if magic != SNAPSHOT_MAGIC:
         raise FormatError(f"{where}: expected magic {SNAPSHOT_MAGIC!r}, found {magic!r}: not a snapshot")
     if version != SNAPSHOT_VERSION:
-        raise UnsupportedFormatError(f"{where}: snapshot version {version}; this castore reads version {SNAPSHOT_VERSION}")
+        raise UnsupportedFormatError(
+            f"{where}: snapshot version {version}; this castore reads version {SNAPSHOT_VERSION}"
+        )
     hasher = hasher_numbered(algorithm)
     end = _PREFIX.size + body_bytes
     if len(data) != end + hasher.digest_bytes:
-        raise FormatError(f"{where}: expected {end + hasher.digest_bytes} bytes, found {len(data)}: cut short or padded")
+        raise FormatError(
+            f"{where}: expected {end + hasher.digest_bytes} bytes, found {len(data)}: cut short or padded"
+        )
     body = view[_PREFIX.size : end]
     found_id = hasher.tagged(_TAG, (body,))
     if found_id != view[end:]:
-        raise ChecksumError(f"{where}: expected digest {view[end:].hex()}, found {found_id.hex()}; the snapshot changed")
+        raise ChecksumError(
+            f"{where}: expected digest {view[end:].hex()}, found {found_id.hex()}; the snapshot changed"
+        )
     if expected_id is not None and found_id.hex() != expected_id:
         raise ChecksumError(f"{where}: expected snapshot {expected_id}, found {found_id.hex()}: the files were swapped")
-    return _record(_unpack_body(body, where), hasher, where)
+    try:
+        return _record(_unpack_body(body, where), hasher, where)
+    except RecursionError as error:
+        raise FormatError(f"{where}: nested deeper than any snapshot that castore writes") from error
 
 
 def _unpack_body(body: memoryview, where: str) -> dict[str, Any]:

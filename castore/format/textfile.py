@@ -39,7 +39,9 @@ def decode_text_file(data: bytes, *, name: str) -> dict[str, Any]:
         raise FormatError(f"{name}: expected a JSON line and a digest line, found {data[:40]!r}")
     expected = _DIGEST_PREFIX + xxhash.xxh3_128_hexdigest(line + b"\n").encode() + b"\n"
     if tail != expected:
-        raise ChecksumError(f"{name}: expected digest {expected[9:41].decode()}, found {tail[9:41]!r}: the file changed")
+        raise ChecksumError(
+            f"{name}: expected digest {expected[9:41].decode()}, found {tail[9:41]!r}: the file changed"
+        )
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:

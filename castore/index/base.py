@@ -50,7 +50,7 @@ class Index(Protocol):
     def add(self, tables: Mapping[PackId, Sequence[Row]]) -> None:
         """Add whole tables in one transaction. A pack that is known already is left as it is.
 
-        A rebuild gives many tables at a time: each call costs one synchronous commit.
+        A rebuild gives many tables at a time: each call writes a part of the whole again.
         """
         ...
 

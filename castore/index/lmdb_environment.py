@@ -3,7 +3,8 @@
 LMDB's own rules, and what keeps them here:
 
 1. An environment must not be opened twice in a process (its locks are per process): a registry with counts.
-2. It must not be used across fork: objects carry their pid, and a child starts with an empty registry.
+2. It must not be carried across fork: it is closed before and opened again on the next use. Objects carry
+   their pid, and a child starts with an empty registry.
 3. The map must not change under a transaction: one lock per environment, held for a transaction
    (milliseconds).
 4. A damaged file may kill the process: nothing is mapped before the guard vouches for every page
@@ -15,7 +16,10 @@ LMDB's own rules, and what keeps them here:
    LMDB's lock is then recovered by LMDB (robust mutexes).
 6. LMDB's lock file is mapped and sparse, so a full disk would kill the process: its blocks are allocated
    first. It is never opened while the environment is (closing any descriptor of it would drop LMDB's locks).
-7. A new data file needs a new lock file (which carries the last transaction): both are replaced together.
+7. Nothing is synced. The guard tells every torn state after a power cut from a whole one, which is all that LMDB
+   syncs for, and a cut costs a rebuild if it comes within seconds of a save (writeback is started at once). A
+   sync costs each save 2 to 10 ms, and while LMDB waits for its meta page, a kill would part file and guard.
+8. A new data file needs a new lock file (which carries the last transaction): both are replaced together.
 
 Whatever is odd raises DamageError inside this file, and ends in an empty environment. What the caller sees is
 StorageError: the cache directory cannot be used at all.
@@ -36,7 +40,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import lmdb
 
-from castore.backend.syscalls import LockedFile
+from castore.backend.syscalls import LockedFile, start_writeback
 from castore.errors import DamageError, NoSpaceError, StorageError
 from castore.index.cache_files import clear_away, open_regular, take_lock
 from castore.index.lmdb_file import Meta, free_pages, read_meta
@@ -48,6 +52,9 @@ Transaction: TypeAlias = "lmdb.Transaction[bytes]"
 Body = Callable[[Transaction, Databases], T]
 """Work inside one transaction. Keeps no state: it runs again when the map grew or the file was replaced."""
 
+_Identity = tuple[int, int]
+"""Device and inode of a file."""
+
 DATA_NAME = "index.lmdb"
 LMDB_LOCK_NAME = DATA_NAME + "-lock"
 GUARD_NAME = "index.guard"
@@ -56,6 +63,8 @@ LOCK_NAME = "index.lock"
 MAP_BYTES_FIRST = 64 << 20
 """Address space only; doubled when it is full."""
 READERS_MAX = 126
+SUSPEND_WAIT_S = 2.0
+"""How long a fork waits for a transaction of another thread."""
 _LMDB_LOCK_BYTES = 8192
 """LMDB's lock file: 192 bytes and 64 for each further reader."""
 _RESIZES_MAX = 40
@@ -68,9 +77,7 @@ _log = logging.getLogger(__name__)
 class Environment:
     """The environment of one directory in this process. Thread-safe. Made by lmdb_registry.acquire."""
 
-    def __init__(
-        self, directory: Path, *, repository_id: bytes, id_bytes: int, databases: dict[bytes, bool]
-    ) -> None:
+    def __init__(self, directory: Path, *, repository_id: bytes, id_bytes: int, databases: dict[bytes, bool]) -> None:
         self.pid = os.getpid()
         self.users = 0
         self.directory = directory
@@ -80,6 +87,8 @@ class Environment:
         self._data = directory / DATA_NAME
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
+        self._verified: tuple[_Identity, Guard] | None = None
+        """What was open before a fork: as trustworthy as it would be if it were open still."""
 
     def read(self, body: Body[T]) -> T:
         """Run `body` in a read transaction. Raises StorageError."""
@@ -93,7 +102,7 @@ class Environment:
             return self._run(body, write=False)
 
     def write(self, body: Body[T]) -> T:
-        """Run `body` in a write transaction; it is durable on return. Raises StorageError."""
+        """Run `body` in a write transaction. Raises StorageError."""
         with self._lock, _as_storage_errors(self._data), self._file_lock():
             for remedy in (self._open_or_create, self._create):
                 try:
@@ -119,6 +128,18 @@ class Environment:
         """Unmap the file."""
         with self._lock:
             self._close(None)
+
+    def suspend(self) -> bool:
+        """Unmap the file and keep everybody out until resume(). False: another thread is busy for too long."""
+        acquired = self._lock.acquire(timeout=SUSPEND_WAIT_S)
+        if acquired and self._opened is not None:
+            self._verified = (self._opened.identity, self._opened.guard)
+            self._close(None)
+        return acquired
+
+    def resume(self) -> None:
+        """Let everybody in again."""
+        self._lock.release()
 
     # ---- transactions --------------------------------------------------------------------------------------
 
@@ -161,6 +182,7 @@ class Environment:
             opened.free = free_pages(opened.fd, after)
             opened.guard.update(opened.fd, after, free_before=free_before, free_after=opened.free)
             write_guard(self.directory / GUARD_NAME, opened.guard)
+            start_writeback(opened.fd, 0, 0)
 
     def _current(self) -> _Opened:
         """What is open, if it is still the file that lies there, in full length. Raises DamageError."""
@@ -212,8 +234,10 @@ class Environment:
             meta = read_meta(fd)
             if os.fstat(fd).st_size < meta.used_bytes:
                 raise DamageError(f"expected {meta.used_bytes} bytes, found {os.fstat(fd).st_size}")
-            guard = self._read_guard()
-            guard.check(fd, meta)
+            guard, verified = self._read_guard(), self._verified
+            if verified != (_identity(fd), guard):
+                guard.check(fd, meta)
+            self._verified = None
             self._opened = self._open_lmdb(fd, guard, create=False)
         except BaseException:
             os.close(fd)
@@ -235,6 +259,7 @@ class Environment:
             _fill_up(fd, meta)
             guard.update(fd, meta, free_before=set(), free_after=free_pages(fd, meta))
             write_guard(self.directory / GUARD_NAME, guard)
+            start_writeback(fd, 0, 0)
         except BaseException as reason:
             self._close(reason)
             raise
@@ -250,6 +275,8 @@ class Environment:
                 mode=0o666,
                 max_readers=READERS_MAX,
                 max_dbs=len(self._dupsort),
+                max_spare_txns=0,
+                sync=False,
                 readahead=False,
                 **_ENGINE,
             )
@@ -259,27 +286,20 @@ class Environment:
                     self._databases(environment, transaction, create=create)
                     # LMDB takes the number from its lock file, which no guard covers.
                     if not create and transaction.id() != guard.transaction:
-                        raise DamageError(
-                            f"{LMDB_LOCK_NAME}: transaction {transaction.id()} is not the file's"
-                        )
+                        raise DamageError(f"{LMDB_LOCK_NAME}: transaction {transaction.id()} is not the file's")
             except BaseException:
                 environment.close()
                 raise
-        status = os.fstat(fd)
-        return _Opened(environment, fd, (status.st_dev, status.st_ino), guard)
+        return _Opened(environment, fd, _identity(fd), guard)
 
-    def _databases(
-        self, environment: lmdb.Environment, transaction: Transaction, *, create: bool
-    ) -> Databases:
+    def _databases(self, environment: lmdb.Environment, transaction: Transaction, *, create: bool) -> Databases:
         return {
             name: environment.open_db(name, txn=transaction, dupsort=dupsort, create=create)
             for name, dupsort in self._dupsort.items()
         }
 
     def _read_guard(self) -> Guard:
-        return read_guard(
-            self.directory / GUARD_NAME, repository_id=self.repository_id, id_bytes=self.id_bytes
-        )
+        return read_guard(self.directory / GUARD_NAME, repository_id=self.repository_id, id_bytes=self.id_bytes)
 
     def _close(self, reason: BaseException | None) -> None:
         opened, self._opened = self._opened, None
@@ -300,14 +320,13 @@ class _Opened:
     environment: lmdb.Environment
     fd: int
     """For pread: what is read this way cannot kill."""
-    identity: tuple[int, int]
-    """Device and inode."""
+    identity: _Identity
     guard: Guard
     free: set[int] | None = None
     """The free pages of the guard's transaction, once they are known."""
 
 
-# ---- files --------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def _allocate_lock_file(path: Path) -> None:
@@ -320,6 +339,11 @@ def _allocate_lock_file(path: Path) -> None:
             os.posix_fallocate(fd, 0, _LMDB_LOCK_BYTES)
     finally:
         os.close(fd)
+
+
+def _identity(fd: int) -> _Identity:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _fill_up(fd: int, meta: Meta) -> None:

@@ -79,9 +79,7 @@ def read_meta(fd: int) -> Meta:
     first = _decode_meta(os.pread(fd, _HEAD_BYTES, 0), page=0)
     second = _decode_meta(os.pread(fd, _HEAD_BYTES, first.page_bytes), page=1)
     if second.page_bytes != first.page_bytes:
-        raise DamageError(
-            f"meta pages disagree on the page size: {first.page_bytes} and {second.page_bytes} bytes"
-        )
+        raise DamageError(f"meta pages disagree on the page size: {first.page_bytes} and {second.page_bytes} bytes")
     return max(first, second, key=lambda meta: meta.transaction)
 
 
@@ -91,11 +89,7 @@ def _decode_meta(data: bytes, *, page: int) -> Meta:
     magic, version, _, _, page_bytes, free_root, last_page, transaction = _META.unpack_from(data, _PAGE.size)
     if (magic, version) != (_MAGIC, _DATA_VERSION):
         raise DamageError(f"meta page {page}: magic {magic:x} version {version} is no LMDB 0.9 file")
-    if (
-        not 512 <= page_bytes <= _PAGE_BYTES_MAX
-        or page_bytes & (page_bytes - 1)
-        or last_page < META_PAGES - 1
-    ):
+    if not 512 <= page_bytes <= _PAGE_BYTES_MAX or page_bytes & (page_bytes - 1) or last_page < META_PAGES - 1:
         raise DamageError(f"meta page {page}: {page_bytes} bytes a page and last page {last_page} cannot be")
     return Meta(transaction, page_bytes, last_page + 1, free_root)
 
@@ -117,9 +111,7 @@ def free_pages(fd: int, meta: Meta) -> set[int]:
     except struct.error as error:
         raise DamageError(f"the database of free pages does not parse: {error}") from error
     if found and not META_PAGES <= min(found) <= max(found) < meta.page_count:
-        raise DamageError(
-            f"free pages {min(found)} to {max(found)} lie outside the file's {meta.page_count} pages"
-        )
+        raise DamageError(f"free pages {min(found)} to {max(found)} lie outside the file's {meta.page_count} pages")
     return found
 
 
@@ -137,9 +129,7 @@ def _free_lists(fd: int, meta: Meta) -> Iterator[bytes]:
             if flags & _BRANCH:
                 pending.append(low | high << 16 | node_flags << 32)
             elif node_flags & _VALUE_IN_OVERFLOW:
-                yield _read_overflow(
-                    fd, meta, *_NUMBER.unpack_from(page, start), value_bytes=low | high << 16
-                )
+                yield _read_overflow(fd, meta, *_NUMBER.unpack_from(page, start), value_bytes=low | high << 16)
             else:
                 yield page[start : start + (low | high << 16)]
 
@@ -148,14 +138,8 @@ def _read_tree_page(fd: int, meta: Meta, number: int) -> tuple[bytes, int, tuple
     """(page, flags, offsets of its nodes)."""
     page = _read(fd, meta, number, meta.page_bytes)
     found, _, flags, nodes_end, _ = _PAGE.unpack_from(page)
-    if (
-        found != number
-        or flags & (_BRANCH | _LEAF) not in (_BRANCH, _LEAF)
-        or not _PAGE.size <= nodes_end <= len(page)
-    ):
-        raise DamageError(
-            f"page {number} of the database of free pages claims to be page {found} with flags {flags:x}"
-        )
+    if found != number or flags & (_BRANCH | _LEAF) not in (_BRANCH, _LEAF) or not _PAGE.size <= nodes_end <= len(page):
+        raise DamageError(f"page {number} of the database of free pages claims to be page {found} with flags {flags:x}")
     return page, flags, struct.unpack_from(f"={(nodes_end - _PAGE.size) // 2}H", page, _PAGE.size)
 
 
@@ -163,9 +147,7 @@ def _read_overflow(fd: int, meta: Meta, number: int, *, value_bytes: int) -> byt
     data = _read(fd, meta, number, _PAGE.size + value_bytes)
     found, _, flags, _, _ = _PAGE.unpack_from(data)
     if found != number or not flags & _OVERFLOW:
-        raise DamageError(
-            f"page {number} claims to be page {found} with flags {flags:x}, expected an overflow page"
-        )
+        raise DamageError(f"page {number} claims to be page {found} with flags {flags:x}, expected an overflow page")
     return data[_PAGE.size :]
 
 

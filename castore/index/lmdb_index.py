@@ -124,9 +124,7 @@ class LmdbIndex:
         if self._closed:
             raise ValueError("the index is closed")
         if self._shared.pid != os.getpid():  # forked: the parent's environment must not be touched
-            self._shared = _open_environment(
-                self._shared.directory, self._shared.repository_id, self._id_bytes
-            )
+            self._shared = _open_environment(self._shared.directory, self._shared.repository_id, self._id_bytes)
         return self._shared
 
     def _encode(self, rows: Sequence[Row]) -> list[_Item]:
@@ -144,18 +142,14 @@ class LmdbIndex:
 # ---- inside a transaction ----------------------------------------------------------------------------------
 
 
-def _look_up(
-    transaction: Transaction, databases: Databases, *, ids: Sequence[ChunkId]
-) -> dict[bytes, list[Location]]:
+def _look_up(transaction: Transaction, databases: Databases, *, ids: Sequence[ChunkId]) -> dict[bytes, list[Location]]:
     pack_ids: dict[bytes, PackId] = {}
     found: dict[bytes, list[Location]] = {}
     for chunk_id, location in transaction.cursor(databases[_LOCATIONS]).getmulti(ids, dupdata=True):
         number = location[: _NUMBER.size]
         if number not in pack_ids:
             pack_ids[number] = _pack_id(transaction.get(number, db=databases[_NUMBERS]))
-        found.setdefault(chunk_id, []).append(
-            Location(pack_ids[number], _decode_row(ChunkId(chunk_id), location))
-        )
+        found.setdefault(chunk_id, []).append(Location(pack_ids[number], _decode_row(ChunkId(chunk_id), location)))
     return found
 
 
@@ -167,9 +161,7 @@ def _unknown(transaction: Transaction, databases: Databases, *, pack_keys: Itera
     return [key for key in pack_keys if transaction.get(key, db=databases[_PACKS]) is None]
 
 
-def _put_tables(
-    transaction: Transaction, databases: Databases, *, tables: Mapping[bytes, Sequence[_Item]]
-) -> None:
+def _put_tables(transaction: Transaction, databases: Databases, *, tables: Mapping[bytes, Sequence[_Item]]) -> None:
     packs, numbers = databases[_PACKS], databases[_NUMBERS]
     last = transaction.cursor(numbers)
     next_number = int.from_bytes(last.key(), "big") + 1 if last.last() else 0
@@ -248,9 +240,7 @@ def _decode_row(chunk_id: ChunkId, location: bytes) -> Row:
     """Raises DamageError."""
     base_id = location[_BASE_AT:]
     if len(location) < _BASE_AT or len(base_id) not in (0, len(chunk_id)):
-        raise DamageError(
-            f"index entry of chunk {chunk_id.hex()}: {len(location)} bytes cannot be a location"
-        )
+        raise DamageError(f"index entry of chunk {chunk_id.hex()}: {len(location)} bytes cannot be a location")
     offset, stored, raw, checksum, chain, kind, depth, flags = _LOCATION.unpack_from(location, _NUMBER.size)
     try:
         return Row(
@@ -278,7 +268,5 @@ def _pack_key(pack_id: PackId) -> bytes:
 
 def _pack_id(key: bytes | None) -> PackId:
     if key is None or len(key) != PACK_ID_BYTES:
-        raise DamageError(
-            f"the index has no pack id of {PACK_ID_BYTES} bytes where one is needed, found {key!r}"
-        )
+        raise DamageError(f"the index has no pack id of {PACK_ID_BYTES} bytes where one is needed, found {key!r}")
     return PackId(key.hex())

@@ -44,9 +44,7 @@ class MemoryIndex:
         with self._lock:
             gone = frozenset(packs) & self._chunks.keys()
             for chunk_id in frozenset[ChunkId]().union(*(self._chunks.pop(pack_id) for pack_id in gone)):
-                left = tuple(
-                    location for location in self._locations[chunk_id] if location.pack_id not in gone
-                )
+                left = tuple(location for location in self._locations[chunk_id] if location.pack_id not in gone)
                 if left:
                     self._locations[chunk_id] = left
                 else:

@@ -98,11 +98,7 @@ def cache_directory_for(
         user_cache_directory(repository_id, os.environ if environ is None else environ),
     )
     for directory in candidates:
-        if (
-            directory is not None
-            and not is_network(file_system_type(directory, table))
-            and _is_writable(directory)
-        ):
+        if directory is not None and not is_network(file_system_type(directory, table)) and _is_writable(directory):
             return directory
     return None
 

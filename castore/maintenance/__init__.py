@@ -1,1 +1,5 @@
-"""Whole-repository work: verify, usage, reindex. Never imports checkpoint/, nor the reverse; needs neither numpy nor torch."""
+"""Whole-repository work: verify, usage, reindex. Never imports checkpoint/, nor the reverse.
+
+Nothing here needs numpy or torch until a chunk is decoded that does:
+usage never does, verify only with `data`.
+"""

@@ -20,7 +20,7 @@ Complaint = tuple[str, str]
 
 
 def check_manifest(entries: Sequence[Entry], record: SnapshotRecord, hasher: Hasher) -> list[Complaint]:
-    """Everything wrong with the whole manifest of a snapshot; nothing when a load can rebuild exactly the saved state."""
+    """Everything wrong with a whole manifest; nothing when a load can rebuild the state that was saved."""
     by_path = {entry.path: entry for entry in entries}
     return [
         *_check_paths(entries, by_path),
@@ -86,7 +86,8 @@ def _check_record(entries: Sequence[Entry], record: SnapshotRecord, hasher: Hash
         yield (
             "",
             (
-                f"expected {record.leaf_count} leaves of {record.raw_bytes} bytes, found {leaf_count} of {raw_bytes} bytes"
+                f"expected {record.leaf_count} leaves of {record.raw_bytes} bytes, "
+                f"found {leaf_count} of {raw_bytes} bytes"
             ),
         )
     try:

@@ -1,8 +1,8 @@
-"""Checks of packs: that headers, tables and records agree with each other and with the index, and that every byte is whole.
+"""Checks of packs: headers, tables, records and the index agree, and every byte is whole.
 
-    structure   header, trailer and table decode; the index holds exactly the rows of the table
-    data        every record: header at its place = row of the table; stored bytes → checksum → decode → chunk id;
-                the gaps between records are zero
+    structure   header, trailer and table decode; the index holds the rows of the table
+    data        every record: header at its place = row of the table; stored bytes → checksum → decode →
+                chunk id; the gaps between records are zero
 
 So with `data` no byte of a pack may change unseen. Payloads are read by threads, a few MiB each at a time.
 """
@@ -32,12 +32,12 @@ from castore.repository import Handle
 from castore.store import check_stored
 
 _BATCH_BYTES = 4 * MIB
-"""Stored bytes that a thread takes at a time: enough that handing over costs nothing, few enough to show progress."""
+"""Stored bytes that a thread takes at a time: handing over costs nothing, and progress is seen."""
 _BATCH_ROWS_MAX = 1024
 _INDEX_BATCH_ROWS = 10_000
 
 Needs = Mapping[ChunkId, int | None]
-"""Every chunk that snapshots need, with the raw length that their manifests expect (None: parts and id lists)."""
+"""Every chunk that snapshots need, with the raw length that manifests expect (None: parts and id lists)."""
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class PackState:
     """What the packs hold of the chunks that snapshots need."""
 
     whole: set[ChunkId] = field(default_factory=set)
-    """Needed chunks that some pack holds: by its table, or with `data` by a record whose bytes were verified."""
+    """Needed chunks that some pack holds: by its table, or with `data` by a record that was verified."""
     faults: list[tuple[str, Row, str]] = field(default_factory=list)
     """(pack file, row, message) of every record that cannot be used."""
     pack_count: int = 0
@@ -76,14 +76,15 @@ def check_packs(
                 continue
             state.pack_count += 1
             try:
-                check = _PackCheck(handle, needs, findings, state, pack_id, reader)
+                check = _PackCheck(handle, reader, pack_id, needs=needs, findings=findings, state=state)
                 if not check.run(pool if data else None, advance):
                     unneeded_bytes.append(reader.size_bytes)
             finally:
                 reader.close()
     if unneeded_bytes:
         findings.note(
-            f"{len(unneeded_bytes)} packs ({sum(unneeded_bytes)} bytes) hold nothing that a snapshot needs; gc may remove them"
+            f"{len(unneeded_bytes)} packs ({sum(unneeded_bytes)} bytes) hold nothing that a snapshot needs; "
+            "gc may remove them"
         )
     return state
 
@@ -94,11 +95,12 @@ class _PackCheck:
     def __init__(
         self,
         handle: Handle,
+        reader: RangeReader,
+        pack_id: PackId,
+        *,
         needs: Needs,
         findings: Findings,
         state: PackState,
-        pack_id: PackId,
-        reader: RangeReader,
     ) -> None:
         self._handle = handle
         self._needs = needs
@@ -172,8 +174,8 @@ class _PackCheck:
                 self._findings.problem(
                     "record",
                     self._name,
-                    f"chunk {row.chunk_id.hex()}: the record header before offset {row.offset} {what}; the table still "
-                    "finds the chunk, but a rebuild without the table would not",
+                    f"chunk {row.chunk_id.hex()}: the record header before offset {row.offset} {what}; "
+                    "the table still finds the chunk, but a scan without the table would not",
                 )
         if scanned:
             self._findings.problem(
@@ -202,14 +204,16 @@ class _PackCheck:
         """Note a record as whole or as faulty."""
         expected = self._needs.get(row.chunk_id)
         if not message and expected not in (None, row.raw_bytes):
-            message = f"{_where(row)}: the manifest expects {expected} raw bytes, the record declares {row.raw_bytes}"
+            message = (
+                f"{_where(row)}: manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
+            )
         if message:
             self._state.faults.append((self._name, row, message))
         elif row.chunk_id in self._needs:
             self._state.whole.add(row.chunk_id)
 
     def _read_records(self, rows: Sequence[Row], pool: ThreadPoolExecutor) -> Iterator[tuple[Row, str]]:
-        """Every row with what is wrong with its bytes; threads read ahead, never more than two batches each."""
+        """Every row with what is wrong with its bytes; threads read ahead, at most two batches each."""
         pending: deque[Future[list[tuple[Row, str]]]] = deque()
         for batch in _batches(rows):
             pending.append(pool.submit(_check_batch, self._reader, batch, self._handle.hasher))
@@ -220,7 +224,10 @@ class _PackCheck:
 
 
 def zero_ranges(rows: Sequence[Row], *, id_bytes: int) -> Iterator[tuple[int, int]]:
-    """The (start, stop) of every gap that a writer fills with zeros, up to the table. `rows` in the order of offsets."""
+    """The (start, stop) of every gap that a writer fills with zeros, up to the table.
+
+    `rows` are in the order of their offsets.
+    """
     end = HEADER_BYTES
     for index, row in enumerate(rows):
         if row.in_run and index and rows[index - 1].in_run and row.offset == end:
@@ -293,7 +300,9 @@ def _check_record(reader: RangeReader, row: Row, hasher: Hasher) -> str:
         return message if message.startswith(where) else f"{where}: {message}"
     found = hasher.digest(raw if row.chain else stored)
     if found != row.chunk_id:
-        return f"{where}: the checksum is right, but the bytes hash to {found.hex()}: they were wrong when they were written"
+        return (
+            f"{where}: the checksum is right, the bytes hash to {found.hex()}: wrong since they were written"
+        )
     return ""
 
 

@@ -93,9 +93,10 @@ def affected_leaves(
     *,
     id_bytes: int,
 ) -> dict[ChunkId, dict[SnapshotId, tuple[str, ...]]]:
-    """For each lost chunk the snapshots that need it (given with their part ids), with the paths of the leaves that do.
+    """For each lost chunk the snapshots that need it, with the paths of the leaves that do.
 
-    A lost part touches its snapshots with no paths: which leaves it named cannot be told.
+    `snapshots` gives the part ids of each. A lost part touches its snapshots with no paths: which leaves it
+    named cannot be told.
     """
     found: dict[ChunkId, dict[SnapshotId, tuple[str, ...]]] = {chunk_id: {} for chunk_id in lost}
     if not lost:
@@ -131,7 +132,7 @@ def _users(part: Part, lost: Collection[ChunkId], id_bytes: int) -> dict[ChunkId
 def _with_references(
     parts: PartReader, part_ids: tuple[ChunkId, ...], paths: Mapping[ChunkId, list[str]]
 ) -> dict[ChunkId, list[str]]:
-    """The same with the aliases and views of those entries; hidden storages give way to the views that show them."""
+    """The same with aliases and views of those entries; hidden storages give way to their views."""
     references: dict[str, list[str]] = {}
     hidden: set[str] = set()
     for entry in _entries(parts, part_ids):

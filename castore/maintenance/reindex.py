@@ -39,7 +39,7 @@ def reindex(handle: Handle, *, progress: Progress | None = None) -> ReindexRepor
 
     Damaged packs are salvaged and reported. Raises StorageError when a pack cannot be read at all.
     """
-    # Counted first: rebuilding then finds the tables in the page cache, and nobody waits without seeing progress.
+    # Counted first: rebuilding finds the tables in the page cache then, and there is progress to show.
     names = (parse_pack_name(info.name) for info in handle.backend.list(PACKS))
     pack_ids = sorted(pack_id for pack_id in names if pack_id is not None)
     chunks: set[ChunkId] = set()

@@ -11,8 +11,9 @@ from castore.ids import SnapshotId
 ProblemKind = Literal["config", "ref", "snapshot", "part", "chunk", "pack", "record", "index", "gc"]
 
 Affected = Mapping[SnapshotId, Collection[str]]
-"""Snapshots that some damage touches, each with the paths of its leaves that cannot be read; no paths where the damage is
-such that they are unknown (a lost manifest) or that all of them are touched (a lost snapshot file)."""
+"""Snapshots that some damage touches, each with the paths of its leaves that cannot be read.
+
+No paths: they are unknown (a lost manifest), or all of them are touched (a lost snapshot file)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Problem:
     """What was expected, what was found, and the next step."""
     kind: ProblemKind
     snapshots: tuple[SnapshotId, ...] = ()
-    """The snapshots that cannot be read whole because of it; empty when nothing is lost (another copy is whole)."""
+    """The snapshots that cannot be read whole because of it; empty when nothing is lost."""
     leaves: tuple[str, ...] = ()
     """Paths of the leaves of those snapshots that it touches; empty when they cannot be told."""
 
@@ -55,7 +56,7 @@ class VerifyReport:
     orphans: tuple[SnapshotId, ...]
     """Snapshots that no branch or tag reaches, newest first."""
     notes: tuple[str, ...]
-    """What is worth knowing and no damage: parents that are gone, packs that nobody needs, what crashes left."""
+    """What is worth knowing and no damage: gone parents, packs that nobody needs, what crashes left."""
     damaged: tuple[tuple[SnapshotId, tuple[str, ...]], ...] = field(repr=False)
 
     @property
@@ -65,7 +66,7 @@ class VerifyReport:
 
     @property
     def damaged_snapshots(self) -> dict[SnapshotId, tuple[str, ...]]:
-        """Each snapshot that cannot be read whole, with the leaves that are lost as far as they can be told."""
+        """Each snapshot that cannot be read whole, with the leaves that are lost, where they can be told."""
         return dict(self.damaged)
 
     def to_json(self) -> dict[str, Any]:

@@ -26,9 +26,8 @@ def scan_rows(reader: RangeReader, pack_id: PackId, hasher: Hasher) -> list[Row]
     """What the records say of themselves; less where the file cannot be read to its end."""
     rows: list[Row] = []
     with suppress(CastoreError):
-        for found in scan_records(reader, where=pack_name(pack_id), id_bytes=hasher.digest_bytes):
-            if isinstance(found, Row):
-                rows.append(found)
+        found = scan_records(reader, where=pack_name(pack_id), id_bytes=hasher.digest_bytes)
+        rows.extend(record for record in found if isinstance(record, Row))
     return rows
 
 

@@ -1,11 +1,11 @@
-"""Where the bytes of a repository are: by snapshot, by group of leaves, by codec, and what is no payload at all.
+"""Where the bytes of a repository are: by snapshot, by group of leaves, by codec, and what is no payload.
 
 Every byte of a pack file is counted once:
 
     pack files = leaves (by group) + manifests + unreferenced + overhead
 
-A chunk that several leaves hold counts for the group that is seen first, newest snapshot first; a second copy of it in
-another pack is unreferenced. Overhead is headers, tables, trailers and padding.
+A chunk that several leaves hold counts for the group that is seen first, newest snapshot first; a second copy
+of it in another pack is unreferenced. Overhead is headers, tables, trailers and padding.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Usage:
 def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -> Usage:
     """Add up where the bytes are; `depth` levels of a path make a group (0: one group of all).
 
-    Reads snapshot files, manifests and pack tables, and no payload of a leaf. Damage is listed in `unreadable`.
+    Reads snapshot files, manifests and pack tables, and no payload of a leaf. Damage goes to `unreadable`.
     """
     unreadable: list[str] = []
     records, snapshot_bytes = _read_records(handle, unreadable)

@@ -2,17 +2,18 @@
 
     refs → snapshot files → manifests → packs (→ records) → what is lost, by snapshot and leaf
 
-Roots are read before what they need, as writers make them last: beside running saves nothing looks missing that is not.
-Damage is a finding, never an exception. One pass over the manifests collects what snapshots need, one over the packs finds
-what is there; only when something is lost are the manifests read again, to name the leaves. So each record is read once,
-however many snapshots share it, and memory holds one entry for each distinct chunk, never payloads (a few MiB a thread).
+Roots are read before what they need, as writers make them last: beside running saves nothing looks missing
+that is not. Damage is a finding, never an exception. One pass over the manifests collects what snapshots
+need, one over the packs finds what is there; only when something is lost are the manifests read again, to
+name the leaves. So each record is read once, however many snapshots share it. Memory holds one entry for
+each distinct chunk that is needed, and of payloads a few MiB a thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from castore.errors import CastoreError, NotFoundError, UnknownRefError
+from castore.errors import CastoreError, UnknownRefError
 from castore.format.config import decode_config
 from castore.format.layout import (
     BRANCHES,
@@ -23,7 +24,6 @@ from castore.format.layout import (
     TAGS,
     check_ref_name,
     decode_ref_name,
-    pack_name,
     parse_pack_name,
     parse_snapshot_name,
     snapshot_name,
@@ -57,8 +57,8 @@ Records = Mapping[SnapshotId, SnapshotRecord]
 def verify(handle: Handle, *, data: bool = False, progress: Progress | None = None) -> VerifyReport:
     """Check everything; with `data` also read, decode and hash every record of every pack.
 
-    Takes no lease and writes nothing but the index cache. Raises only what is no damage: StorageError when the repository's
-    directory itself cannot be listed.
+    Takes no lease and writes nothing but the index cache. Raises only what is no damage: StorageError when
+    the repository's directory itself cannot be listed.
     """
     findings = Findings()
     _check_config(handle, findings)
@@ -75,7 +75,7 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
         handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes)
     )
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
-    _report_losses(handle, parts, snapshots, needs.lengths, state, findings)
+    _report_losses(handle, parts, snapshots, needs=needs.lengths, state=state, findings=findings)
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
     return VerifyReport(
@@ -91,7 +91,7 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
     )
 
 
-# ---- small files -------------------------------------------------------------------------------------------------
+# ---- small files -------------------------------------------------------------------------------------------
 
 
 def _check_config(handle: Handle, findings: Findings) -> None:
@@ -116,7 +116,7 @@ def _read_refs(handle: Handle, findings: Findings) -> dict[str, Ref]:
                 check_ref_name(name)
                 head = read(handle.backend, name)
             except CastoreError as error:
-                advice = "`castore branch --move NAME REF`, or `castore branch --delete` and a new one, puts it right"
+                advice = "make it again with `castore branch --move NAME REF`, or delete it"
                 findings.problem("ref", info.name, f"{error}; {advice}")
                 continue
             if head is not None:
@@ -130,7 +130,7 @@ def _check_heads(refs: Mapping[str, Ref], there: Collection[SnapshotId], finding
             findings.problem(
                 "ref",
                 file_name,
-                f"{ref.name!r} names snapshot {ref.snapshot_id}, which is not there; move it to another snapshot or delete it",
+                f"{ref.name!r} names snapshot {ref.snapshot_id}, which is not there; move it or delete it",
                 {ref.snapshot_id: ()},
             )
 
@@ -201,7 +201,7 @@ def _note_leftovers(handle: Handle, findings: Findings) -> None:
         findings.note(f"{len(ended)} leases that no process of this host holds ({some(ended)})")
 
 
-# ---- manifests ---------------------------------------------------------------------------------------------------
+# ---- manifests ---------------------------------------------------------------------------------------------
 
 
 class _Needs:
@@ -249,8 +249,8 @@ class _Needs:
             self._findings.problem(
                 "part",
                 PACKS,
-                f"manifest part {part_id.hex()} cannot be read, so the leaves in it cannot be named: {message}",
-                {snapshot_id: () for snapshot_id in snapshot_ids},
+                f"manifest part {part_id.hex()} cannot be read, so its leaves cannot be named: {message}",
+                dict.fromkeys(snapshot_ids, ()),
             )
         for message, affected in self._lost_lists.items():
             self._findings.problem(
@@ -268,12 +268,12 @@ class _Needs:
                     self._findings.problem(
                         "part",
                         PACKS,
-                        f"manifest part {part_id.hex()}, leaf {entry.path!r}: chunk {chunk_id.hex()} is expected to have "
-                        f"{expected} bytes, and {self.lengths[chunk_id]} elsewhere",
+                        f"manifest part {part_id.hex()}, leaf {entry.path!r}: chunk {chunk_id.hex()} is "
+                        f"expected to have {expected} bytes, and {self.lengths[chunk_id]} elsewhere",
                     )
 
 
-# ---- packs -------------------------------------------------------------------------------------------------------
+# ---- packs -------------------------------------------------------------------------------------------------
 
 
 def _list_packs(handle: Handle, findings: Findings) -> tuple[list[PackId], int]:
@@ -297,6 +297,7 @@ def _report_losses(
     handle: Handle,
     parts: PartReader,
     snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
+    *,
     needs: Mapping[ChunkId, int | None],
     state: PackState,
     findings: Findings,
@@ -324,8 +325,8 @@ def _report_losses(
             "chunk",
             PACKS,
             f"{len(chunk_ids)} chunks that {len(snapshot_ids)} snapshots need are in no pack (expected "
-            f"{some(chunk_id.hex() for chunk_id in chunk_ids)}): a pack was removed, cut short or damaged; restore it from a "
-            "copy and run `castore reindex`",
+            f"{some(chunk_id.hex() for chunk_id in chunk_ids)}): a pack was removed, cut short or damaged; "
+            "restore it from a copy and run `castore reindex`",
             leaves,
         )
 

@@ -16,6 +16,7 @@ from castore.format.pack import (
     TRAILER_BYTES,
     PackHeader,
     Row,
+    aligned,
     decode_header,
     decode_record_header,
     decode_run_fixed,
@@ -45,11 +46,14 @@ def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: 
     id_bytes = hasher.digest_bytes
     if reader.size_bytes < HEADER_BYTES + TRAILER_BYTES:
         raise FormatError(
-            f"{where}: expected at least {HEADER_BYTES + TRAILER_BYTES} bytes, found {reader.size_bytes}: the pack is cut short"
+            f"{where}: expected at least {HEADER_BYTES + TRAILER_BYTES} bytes, found {reader.size_bytes}: the pack is "
+            "cut short"
         )
     header = read_header(reader, where=where, expected_id=expected_id)
     if header.hasher.number != hasher.number:
-        raise FormatError(f"{where}: expected hash {hasher.name}, found {header.hasher.name}: a pack of another repository")
+        raise FormatError(
+            f"{where}: expected hash {hasher.name}, found {header.hasher.name}: a pack of another repository"
+        )
     tail = reader.read(reader.size_bytes - TRAILER_BYTES, TRAILER_BYTES)
     trailer = decode_trailer(tail, pack_bytes=reader.size_bytes, id_bytes=id_bytes, where=where)
     if trailer.pack_id != expected_id:
@@ -106,13 +110,13 @@ def _record_at(reader: RangeReader, offset: int, *, where: str, id_bytes: int) -
 
 def _within(rows: list[Row], pack_bytes: int) -> tuple[list[Row], int]:
     """Rows whose payload is all there, and the aligned end of the last."""
-    end = rows[-1].offset + rows[-1].stored_bytes
     kept = [row for row in rows if row.offset + row.stored_bytes <= pack_bytes]
-    return kept, -(-end // ALIGN_BYTES) * ALIGN_BYTES
+    end = kept[-1].offset + kept[-1].stored_bytes if kept else 0
+    return kept, aligned(end)
 
 
 class _MagicFinder:
-    """Looks for record magics, front to back; keeps its block, so that many false magics do not read it many times."""
+    """Looks for record magics, front to back; keeps its block, so that many false magics read it once."""
 
     def __init__(self, reader: RangeReader) -> None:
         self._reader = reader
@@ -120,14 +124,17 @@ class _MagicFinder:
         self._block = b""
 
     def next_from(self, offset: int) -> int:
-        """The next aligned offset, from `offset` (aligned) on, that holds a magic; the end of the file when there is none."""
+        """The next aligned offset, from `offset` (aligned) on, that holds a magic; else the end of the file."""
         end = self._reader.size_bytes
         while offset < end:
             if not self._start <= offset < self._start + len(self._block):
-                # Blocks start aligned and are a multiple of 8 long, so no aligned magic straddles two of them.
+                # Blocks start aligned and are a multiple of 8 long: no aligned magic straddles two of them.
                 self._start, self._block = offset, self._reader.read(offset, min(_SCAN_BYTES, end - offset))
-            for found in _MAGICS.finditer(self._block, offset - self._start):
+            found = _MAGICS.search(self._block, offset - self._start)
+            while found is not None:
                 if (self._start + found.start()) % ALIGN_BYTES == 0:
                     return self._start + found.start()
+                # One byte on, not after the match: in "CRECREC" the second magic begins inside the first.
+                found = _MAGICS.search(self._block, found.start() + 1)
             offset = self._start + len(self._block)
         return end

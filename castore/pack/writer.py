@@ -79,8 +79,12 @@ class PackWriter:
         self._rows.append(row)
         return row
 
-    def append_run(self, chunks: Sequence[tuple[ChunkId, Callable[[], Buffer]]], *, kind: RecordKind, payload_bytes: int) -> list[Row]:
-        """Append the raw chunks of one leaf as one run. Each reader is called twice: for the checksum, then to write."""
+    def append_run(
+        self, chunks: Sequence[tuple[ChunkId, Callable[[], Buffer]]], *, kind: RecordKind, payload_bytes: int
+    ) -> list[Row]:
+        """Append the raw chunks of one leaf as one run. Each reader is called twice: for the checksum, then to
+        write.
+        """
         self._begin()
         sums = [(chunk_id, checksum(read())) for chunk_id, read in chunks]
         n = self._id_bytes

@@ -1,9 +1,11 @@
 """Training state ↔ entries and bytes. The only low layer that knows torch, and it never imports it unasked.
 
-save    flatten(state) → FlatState: entries, and a Payload of bytes for each leaf
-load    allocate(entry) → value and Target, or decode_value(entry, bytes); then unflatten(entries, values) → state
-part    select(entries, keep), slice_rows(entry, start, stop)
-into    match(flatten(live), entries) → Match: fill its pairs through live_target, then assign(live, match, values)
+save   flatten(state) → FlatState: entries, and a Payload of bytes for each leaf
+load   allocate(entry) → value and Target, or decode_value(entry, bytes)
+       then unflatten(entries, values) → state
+part   select(entries, keep), slice_rows(entry, start, stop)
+into   match(flatten(live), entries) → Match: fill its pairs through live_target
+       then assign(live, match, values)
 """
 
 from castore.tensors.flatten import FlatState, flatten

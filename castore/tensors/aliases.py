@@ -2,7 +2,7 @@
 
     the same elements of the same memory        ALIAS of the first of them
     different views with elements in common     VIEWs of one hidden STORAGE, the hull of their memory
-    views without an element in common          nothing: each is stored by itself, even if they lie in one buffer
+    views without an element in common          nothing: each is stored by itself, even out of one buffer
 
 The memory counts, not the storage object: two tensors made from one numpy buffer share it too. A small view
 of a huge buffer never drags the buffer along. Empty arrays share nothing. Torch and numpy are kept apart: a
@@ -125,7 +125,7 @@ class _Span:
             return True
 
     def probe(self) -> np.ndarray[tuple[int, ...], np.dtype[np.void]]:
-        """An array with the same addresses that is never read, so that device memory can be asked about too."""
+        """An array with the same addresses, never read, so that device memory can be asked about too."""
         if self._probe is None:
             array = self.array
             self._probe = memory_array(

@@ -138,7 +138,7 @@ def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
 
 
 def torch_array(value: Any, path: str) -> Array:
-    """Describe a strided, unquantized tensor. Raises UnsupportedLeafError when it has no memory of its own."""
+    """Describe a strided, unquantized tensor. Raises UnsupportedLeafError when it has no memory."""
     element = torch_element(value.dtype)
     size = element.item_bytes
     shape = tuple(int(length) for length in value.shape)

@@ -15,7 +15,6 @@ from typing import Any
 from castore.errors import FormatError, UnknownClassError, UnsupportedLeafError
 from castore.format.manifest import Entry, Kind
 
-
 _HEAP_TYPE = 1 << 9
 """CPython's flag of classes that a class statement made; the first base without it decides the memory layout.
 """
@@ -28,11 +27,8 @@ def class_name(cls: type) -> str:
 
 def is_namedtuple(value: object) -> bool:
     """Whether the value is an instance of a class made by `collections.namedtuple` or `typing.NamedTuple`."""
-    return (
-        isinstance(value, tuple)
-        and _is_namedtuple_class(type(value))
-        and len(value) == len(type(value)._fields)
-    )  # type: ignore[attr-defined]
+    fields: tuple[str, ...] = getattr(type(value), "_fields", ())
+    return isinstance(value, tuple) and _is_namedtuple_class(type(value)) and len(value) == len(fields)
 
 
 def is_dataclass(value: object) -> bool:
@@ -49,7 +45,7 @@ def namedtuple_fields(value: Any, path: str) -> dict[str, Any]:
 
 
 def dataclass_fields(value: Any, path: str) -> dict[str, Any]:
-    """Field names → values. Raises UnsupportedLeafError when the instance holds more or less than its fields."""
+    """Field names → values. Raises UnsupportedLeafError for an instance with more or less than its fields."""
     names = [field.name for field in dataclasses.fields(value)]
     _refuse_extra(value, frozenset(names), path)
     absent = [name for name in names if not hasattr(value, name)]
@@ -120,7 +116,7 @@ def find_class(entry: Entry, classes: Mapping[str, type] | None) -> type:
 
 
 def _loaded_class(name: str) -> type | None:
-    """The class if its module is imported. Looks only into namespaces: a module's `__getattr__` may import."""
+    """The class if its module is imported. Looks into namespaces: a module's `__getattr__` may import."""
     module_name, _, qualname = name.partition(":")
     module = sys.modules.get(module_name)
     found: Any = module
@@ -135,7 +131,7 @@ def _loaded_class(name: str) -> type | None:
 def _fields_of(cls: type, kind: Kind) -> list[str] | None:
     if kind is Kind.NAMEDTUPLE:
         return list(cls._fields) if _is_namedtuple_class(cls) else None  # type: ignore[attr-defined]
-    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or not _is_plain_dataclass(cls):
+    if not dataclasses.is_dataclass(cls) or not _is_plain_dataclass(cls):
         return None
     return [field.name for field in dataclasses.fields(cls)]
 
@@ -149,7 +145,7 @@ def build_dataclass(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance with these fields; neither `__init__` nor `__post_init__` nor `__setattr__` of the class
     runs.
     """
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     for name, value in values.items():
         object.__setattr__(made, name, value)
     return made

@@ -4,7 +4,8 @@ them.
     torch   the name without "torch.":  float32  bfloat16  float8_e4m3fn  bool  int4
     numpy   dtype.str, byte order included:  <f4  >f4  |b1  <U12  <M8[ns]
             structured types keep that code and are described by attrs["descr"]:
-            [item bytes, aligned, [[name, title or nil, format, shape, offset], …]]   format: a code, or such a list again
+            [item bytes, aligned, [[name, title or nil, format, shape, offset], …]]
+            where format is a code, or such a list again
 
 numpy's own `dtype.descr` is not used: it cannot express titles with padding, overlapping fields or their
 order.
@@ -157,7 +158,8 @@ def _dtype_from(descr: Any) -> np.dtype[Any]:
     layout: dict[str, Any] = {"names": names, "formats": formats, "offsets": offsets, "itemsize": item_bytes}
     if any(title is not None for title in titles):
         layout["titles"] = titles
-    return np.dtype(layout, align=bool(aligned))
+    made: np.dtype[Any] = np.dtype(layout, align=bool(aligned))  # type: ignore[call-overload]  # stubs lack this form
+    return made
 
 
 def element_bytes(entry: Entry, where: str) -> int:
@@ -168,12 +170,9 @@ def element_bytes(entry: Entry, where: str) -> int:
 
 
 def checked_raw_bytes(entry: Entry, item_bytes: int, where: str) -> int:
-    """The entry's length, which must agree with its shape before anything is allocated by it. Raises
-    FormatError.
-    """
+    """The entry's length, which must agree with its shape before memory is taken. Raises FormatError."""
     expected = math.prod(entry.shape) * item_bytes
     if entry.raw_bytes != expected:
-        raise FormatError(
-            f"{where}: shape {list(entry.shape)} of {entry.dtype}: expected {expected} bytes, found {entry.raw_bytes}"
-        )
+        what = f"shape {list(entry.shape)} of {entry.dtype}"
+        raise FormatError(f"{where}: {what}: expected {expected} bytes, found {entry.raw_bytes}")
     return expected

@@ -2,15 +2,15 @@
 
     container     its entry, then its children; dict order is kept
     value         an entry and its bytes (scalars.py)
-    array         an entry and a payload over its memory; aliases and overlapping views are found afterwards (aliases.py)
+    array         an entry and a payload over its memory; what shares memory is found afterwards (aliases.py)
     composite     a sparse or quantized tensor: a container whose children are plain tensors (composites.py)
 
     hints of arrays     stride         strides in elements, if the memory is dense and not row-major
                         device         where it lay, if not on the CPU
                         requires_grad, parameter      true
                         buffer         whether an nn.Buffer is persistent
-                        distinct       of an ALIAS: it was another object over the same memory, not the same object
-    hint of ORDERED_DICT   state_dict_metadata        the `_metadata` that torch hangs on a module's state_dict
+                        distinct       of an ALIAS: it was another object over the same memory
+    hint of ORDERED_DICT   state_dict_metadata   the `_metadata` that torch hangs on a module's state_dict
 
     VIEW attrs     storage        path of its STORAGE
                    offset_bytes   of its first element in that
@@ -76,7 +76,7 @@ def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
     (`allow_pickle=True` pickles it instead), and UsageError for containers that hold themselves or are nested
     deeper than SKELETON_DEPTH_MAX.
     """
-    walk = _Walk(allow_pickle)
+    walk = _Walk(allow_pickle=allow_pickle)
     walk.visit(state, "")
     return _with_sharing(walk)
 
@@ -84,7 +84,7 @@ def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
 class _Walk:
     """The entries of a state so far."""
 
-    def __init__(self, allow_pickle: bool) -> None:
+    def __init__(self, *, allow_pickle: bool) -> None:
         self.allow_pickle = allow_pickle
         self.entries: list[Entry] = []
         self.payloads: list[Payload | None] = []
@@ -153,8 +153,9 @@ class _Walk:
     def _visit_container(self, value: Any, path: str) -> None:
         around = self._open.get(id(value))
         if around is not None:
+            name = type(value).__name__
             raise UsageError(
-                f"leaf {path!r}: the {type(value).__name__} contains itself (it is also {around!r}); a state is a tree"
+                f"leaf {path!r}: the {name} contains itself (it is {around!r} too); a state is a tree"
             )
         if len(self._open) >= SKELETON_DEPTH_MAX:
             raise UsageError(

@@ -15,14 +15,14 @@ from castore.errors import MissingExtraError
 
 
 def loaded_torch() -> ModuleType | None:
-    """torch if this process has imported it, else None."""
+    """The torch module if this process has imported it, else None."""
     torch = sys.modules.get("torch")
     # Another thread may be in the middle of the import: then no tensor of this state exists yet either.
     return torch if torch is not None and hasattr(torch, "Tensor") else None
 
 
 def require_torch(why: str) -> ModuleType:
-    """torch, imported now if need be. Raises MissingExtraError, which says what needed it."""
+    """The torch module, imported now if need be. Raises MissingExtraError, which says what needed it."""
     try:
         return importlib.import_module("torch")
     except ImportError as error:

@@ -1,12 +1,11 @@
-"""A live state against a snapshot: what fits, what does not, and how the live state takes the snapshot's
-values.
+r"""A live state against a snapshot: what fits, what does not, and how the one takes the other's values.
 
-    live \\ snapshot     array                     composite                 value              container
-    array               same type and shape:      mismatch                  mismatch           mismatch
-                        filled in place
-    composite           mismatch                  same form: copy_          mismatch           mismatch
-    value               mismatch                  mismatch                  replaced           mismatch
-    container           mismatch                  mismatch                  mismatch           same family: children
+    live \ snapshot   array                   composite           value       container
+    array             filled, if types and    mismatch            mismatch    mismatch
+                      shapes are the same
+    composite         mismatch                same form: copy_    mismatch    mismatch
+    value             mismatch                mismatch            replaced    mismatch
+    container         mismatch                mismatch            mismatch    same family: children
 
 A value is a number, text, None, …, or a list or tuple made of nothing else: a loss history may have grown
 since. An array is never cast. A Parameter and a tensor are alike; a tensor and an ndarray are not. Live
@@ -86,6 +85,9 @@ def match(
     """
     entries = tuple(entries)
     comparison = _Comparison(build_tree(live.entries), build_tree(entries), _live_values(live))
+    comparison.aliased = frozenset(
+        str(entry.attrs["target"]) for entry in live.entries if entry.kind is Kind.ALIAS
+    )
     comparison.compare(comparison.live.root, comparison.saved.root)
     comparison.check_shared_memory()
     replaced = tuple(comparison.replaced)
@@ -119,9 +121,9 @@ class _Comparison:
     pairs: dict[str, Pair] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
     shared: dict[str, list[tuple[Node, Node]]] = field(default_factory=dict)
-    """Live arrays, with their counterparts, by what they share: the path of an alias's target or of a
-    storage.
-    """
+    """Live arrays with their counterparts, by what they share: the path of a target or of a storage."""
+    aliased: frozenset[str] = frozenset()
+    """Live paths that an alias refers to."""
 
     def compare(self, live: Node, saved: Node) -> None:
         mine, theirs = _form(self.live, live), _form(self.saved, saved)
@@ -131,12 +133,10 @@ class _Comparison:
             self._compare_composites(live, saved)
         elif _is_value(live) and _is_value(saved):
             self.replaced.append(live.path)
-        elif mine == theirs and mine not in ("value", "array", "composite"):
-            self._compare_children(live, saved)
-        elif "implied" in (mine, theirs) and live.is_container and saved.is_container:
+        elif live.is_container and saved.is_container and (mine == theirs or "implied" in {mine, theirs}):
             self._compare_children(live, saved)
         else:
-            self._mismatch(live.path, _describe(self.live, live), _describe(self.saved, saved))
+            self._mismatch(live, saved)
 
     def _compare_children(self, live: Node, saved: Node) -> None:
         for component, child in live.children.items():
@@ -149,73 +149,78 @@ class _Comparison:
             if component not in live.children:
                 self.unexpected.extend(_leaf_paths(child))
 
-    def _mismatch(self, path: str, expected: str, found: str) -> None:
-        self.mismatched.append(f"{path or '(root)'}: the live state has {expected}, the snapshot {found}")
+    def _mismatch(self, live: Node, saved: Node) -> None:
+        mine, theirs = _describe(self.live, live), _describe(self.saved, saved)
+        self._refuse(live.path, f"the live state has {mine}, the snapshot {theirs}")
+
+    def _refuse(self, path: str, reason: str) -> None:
+        self.mismatched.append(f"{path or '(root)'}: {reason}")
 
     def _compare_arrays(self, live: Node, saved: Node) -> None:
-        mine, theirs = self.live.resolve(live), self.saved.resolve(saved)
-        expected, found = mine.entry, theirs.entry
-        assert expected is not None and found is not None
-        if (expected.dtype, expected.shape) != (found.dtype, found.shape) or expected.attrs.get(
-            "descr"
-        ) != found.attrs.get("descr"):
-            self._mismatch(live.path, _describe(self.live, live), _describe(self.saved, saved))
+        mine, theirs = self.live.resolved(live), self.saved.resolved(saved)
+        if _array_type(mine) != _array_type(theirs):
+            self._mismatch(live, saved)
             return
         value = self.values[mine.path]
         reason = not_writable(describe(value, live.path))
         if reason:
-            self.mismatched.append(f"{live.path or '(root)'}: the live array {reason}")
+            self._refuse(live.path, f"the live array {reason}")
             return
-        shares_with = str(expected.attrs["storage"]) if expected.kind is Kind.VIEW else mine.path
+        shares_with = str(mine.attrs["storage"]) if mine.kind is Kind.VIEW else mine.path
         self.shared.setdefault(shares_with, []).append((live, saved))
-        if found.kind is Kind.VIEW:
+        if theirs.kind is Kind.VIEW:
             self.replaced.append(live.path)
         else:
-            self.pairs[live.path] = Pair(live.path, value, dataclasses.replace(found, path=live.path))
+            self.pairs[live.path] = Pair(live.path, value, dataclasses.replace(theirs, path=live.path))
 
     def _compare_composites(self, live: Node, saved: Node) -> None:
         mine, theirs = self.live.resolve(live), self.saved.resolve(saved)
-        assert mine.entry is not None and theirs.entry is not None
-        if same_form(mine.entry, theirs.entry) and _same_parts(self.live, mine, self.saved, theirs):
+        same = same_form(self.live.resolved(live), self.saved.resolved(saved))
+        if not same or not _same_parts(self.live, mine, self.saved, theirs):
+            self._mismatch(live, saved)
+        elif any(part.path in self.aliased or part.is_reference for part in mine.children.values()):
+            self._refuse(live.path, "parts of the live tensor share memory with other leaves")
+        else:
             self.replaced.append(live.path)
             self.shared.setdefault(mine.path, []).append((live, saved))
-        else:
-            self._mismatch(live.path, _describe(self.live, live), _describe(self.saved, saved))
 
     def check_shared_memory(self) -> None:
-        """Live arrays over the same memory: keep one of those that get the same content, refuse the others."""
-        for group in self.shared.values():
-            first_live, first_saved = group[0]
-            for live, saved in group[1:]:
-                if self._agree(first_live, first_saved, live, saved):
-                    continue
-                self.pairs.pop(live.path, None)
-                self.replaced = [path for path in self.replaced if path != live.path]
-                self.mismatched.append(
-                    f"{live.path}: the live state shares its memory with {first_live.path!r}, the snapshot has two values"
-                )
-            for live, _ in group[1:]:
-                if self.live.resolve(live) is self.live.resolve(first_live):
+        """Live arrays over the same memory: keep one of those that get the same content, refuse others."""
+        for (first_live, first_saved), *others in self.shared.values():
+            for live, saved in others:
+                if not self._agree(first_live, first_saved, live, saved):
+                    self._drop(live.path)
+                    shared_with = f"shares its memory with {first_live.path!r}"
+                    self._refuse(live.path, f"the live array {shared_with}, the snapshot has two values")
+                elif self.live.resolve(live) is self.live.resolve(first_live):
                     # Its memory is filled under the first path.
-                    self.pairs.pop(live.path, None)
-                    self.replaced = [path for path in self.replaced if path != live.path]
+                    self._drop(live.path)
+
+    def _drop(self, path: str) -> None:
+        self.pairs.pop(path, None)
+        if path in self.replaced:
+            self.replaced.remove(path)
 
     def _agree(self, live_a: Node, saved_a: Node, live_b: Node, saved_b: Node) -> bool:
         """Whether two live arrays that share memory get content that fits in all they share."""
-        a, b = self.live.resolve(live_a).entry, self.live.resolve(live_b).entry
-        x, y = self.saved.resolve(saved_a).entry, self.saved.resolve(saved_b).entry
-        assert a is not None and b is not None and x is not None and y is not None
+        a, b = self.live.resolved(live_a), self.live.resolved(live_b)
+        x, y = self.saved.resolved(saved_a), self.saved.resolved(saved_b)
         if a is b:
             return x is y or _same_content(x, y)
         if x.kind is not Kind.VIEW or y.kind is not Kind.VIEW or x.attrs["storage"] != y.attrs["storage"]:
             return False
-        same_strides = (
-            a.attrs["stride_bytes"] == x.attrs["stride_bytes"]
-            and b.attrs["stride_bytes"] == y.attrs["stride_bytes"]
-        )
+        if [a.attrs["stride_bytes"], b.attrs["stride_bytes"]] != [
+            x.attrs["stride_bytes"],
+            y.attrs["stride_bytes"],
+        ]:
+            return False
         moved_a = x.attrs["offset_bytes"] - a.attrs["offset_bytes"]
         moved_b = y.attrs["offset_bytes"] - b.attrs["offset_bytes"]
-        return bool(same_strides and moved_a == moved_b)
+        return bool(moved_a == moved_b)
+
+
+def _array_type(entry: Entry) -> tuple[object, ...]:
+    return entry.dtype, entry.shape, entry.attrs.get("descr")
 
 
 def _form(tree: Tree, node: Node) -> str:
@@ -225,7 +230,7 @@ def _form(tree: Tree, node: Node) -> str:
         return "implied"
     if entry.kind in VALUE_KINDS:
         return "value"
-    if entry.kind in (Kind.TENSOR, Kind.NDARRAY, Kind.VIEW):
+    if entry.kind in {Kind.TENSOR, Kind.NDARRAY, Kind.VIEW}:
         return "array"
     return _FORMS.get(entry.kind, "composite")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -150,7 +150,7 @@ class HullPayload:
     else the memory holds nor make an unchanged state look changed.
     """
 
-    __slots__ = ("_low", "_lock", "_members", "_ready", "is_float", "item_bytes", "raw_bytes")
+    __slots__ = ("_lock", "_low", "_members", "_ready", "is_float", "item_bytes", "raw_bytes")
 
     def __init__(self, members: Sequence[Array], low: int, high: int) -> None:
         self._members = tuple(members)
@@ -171,11 +171,10 @@ class HullPayload:
         return self._ready.data[start:stop]
 
     def _is_covered(self) -> bool:
-        """Whether host views without gaps cover the hull together, so that its memory can be read as it is."""
+        """Whether host views without gaps cover the hull, so that its memory can be read as it is."""
         covered = self._low
-        for low, high in sorted(
-            member.hull for member in self._members if member.is_dense and member.on_host
-        ):
+        dense = (member.hull for member in self._members if member.is_dense and member.on_host)
+        for low, high in sorted(dense):
             if low > covered:
                 return False
             covered = max(covered, high)
@@ -185,7 +184,7 @@ class HullPayload:
         return memory_array(self._low, (self.raw_bytes,), (1,), "|u1", owner=self._members)
 
     def _assembled(self) -> Bytes:
-        """The hull put together from its views. Copies all of it: gaps, and overlaps on a device, are rare."""
+        """The hull put together from its views. Copies it: gaps, and overlaps on a device, are rare."""
         hull: Bytes = np.zeros(self.raw_bytes, np.uint8)
         base = hull.ctypes.data
         for member in self._members:

@@ -191,64 +191,69 @@ def decode_value(entry: Entry, raw: Buffer, *, allow_pickle: bool) -> Any:
     if len(data) != entry.raw_bytes:
         raise FormatError(f"{where}: expected {entry.raw_bytes} bytes, found {len(data)}")
     try:
-        return decode(entry, data, where)
+        return decode(data, entry)
     except (ValueError, struct.error, OverflowError) as error:
         raise FormatError(f"{where}: not the bytes of {entry.kind.name}: {error}") from error
 
 
-def _decode_none(entry: Entry, data: bytes, where: str) -> None:
+def _decode_none(data: bytes, _: Entry) -> None:
     if data:
-        raise FormatError(f"{where}: {entry.kind.name}: expected no bytes, found {len(data)}")
+        raise ValueError(f"expected no bytes, found {len(data)}")
 
 
-def _decode_bool(entry: Entry, data: bytes, where: str) -> bool:
-    if data not in (b"\0", b"\1"):
-        raise FormatError(f"{where}: {entry.kind.name}: expected 00 or 01, found {data[:8].hex()}")
+def _decode_bool(data: bytes, _: Entry) -> bool:
+    if data not in {b"\0", b"\1"}:
+        raise ValueError(f"expected 00 or 01, found {data[:8].hex()}")
     return data == b"\1"
 
 
-def _decode_int(entry: Entry, data: bytes, where: str) -> int:
+def _decode_int(data: bytes, _: Entry) -> int:
     value = int.from_bytes(data, "little", signed=True)
     if _encode_int(value).data != data:
-        raise FormatError(f"{where}: {entry.kind.name}: {len(data)} bytes are not its shortest form")
+        raise ValueError(f"{len(data)} bytes are not its shortest form")
     return value
 
 
-def _decode_numbers(entry: Entry, data: bytes, where: str) -> list[Any] | tuple[Any, ...]:
-    code = "d" if entry.kind in (Kind.FLOAT_LIST, Kind.FLOAT_TUPLE) else "q"
+def _decode_bytes(data: bytes, entry: Entry) -> bytes | bytearray:
+    return bytearray(data) if entry.hints.get("bytearray") else data
+
+
+def _decode_numbers(data: bytes, entry: Entry) -> list[Any] | tuple[Any, ...]:
+    code = "d" if entry.kind in {Kind.FLOAT_LIST, Kind.FLOAT_TUPLE} else "q"
     values = struct.unpack(f"<{len(data) // _NUMBER_BYTES}{code}", data)
-    return list(values) if entry.kind in (Kind.INT_LIST, Kind.FLOAT_LIST) else values
+    return list(values) if entry.kind in {Kind.INT_LIST, Kind.FLOAT_LIST} else values
 
 
-def _decode_dtype(entry: Entry, data: bytes, where: str) -> Any:
-    torch = require_torch(where)
+def _decode_dtype(data: bytes, entry: Entry) -> Any:
+    torch = require_torch(f"leaf {entry.path!r}")
     name = data.decode()
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or str(dtype) != f"torch.{name}":
-        raise FormatError(f"{where}: torch {torch.__version__} has no dtype {name[:80]!r}")
+        raise ValueError(f"torch {torch.__version__} has no dtype {name[:80]!r}")
     return dtype
 
 
-def _decode_device(entry: Entry, data: bytes, where: str) -> Any:
-    torch = require_torch(where)
+def _decode_device(data: bytes, entry: Entry) -> Any:
+    torch = require_torch(f"leaf {entry.path!r}")
     name = data.decode()
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise FormatError(f"{where}: no torch device: {error}") from error
+        raise ValueError(str(error)) from error
     if str(device) != name:
-        raise FormatError(f"{where}: {name[:80]!r} is not how torch writes a device")
+        raise ValueError(f"{name[:80]!r} is not how torch writes a device")
     return device
 
 
-def _decode_size(entry: Entry, data: bytes, where: str) -> Any:
-    return require_torch(where).Size(struct.unpack(f"<{len(data) // _NUMBER_BYTES}q", data))
+def _decode_size(data: bytes, entry: Entry) -> Any:
+    torch = require_torch(f"leaf {entry.path!r}")
+    return torch.Size(struct.unpack(f"<{len(data) // _NUMBER_BYTES}q", data))
 
 
-def _decode_numpy_scalar(entry: Entry, data: bytes, where: str) -> Any:
-    dtype = numpy_dtype(entry, where)
+def _decode_numpy_scalar(data: bytes, entry: Entry) -> Any:
+    dtype = numpy_dtype(entry, f"leaf {entry.path!r}")
     if dtype.itemsize != len(data):
-        raise FormatError(f"{where}: {entry.dtype}: expected {dtype.itemsize} bytes, found {len(data)}")
+        raise ValueError(f"{entry.dtype}: expected {dtype.itemsize} bytes, found {len(data)}")
     if dtype.kind == "U":
         return np.str_(data.decode("utf-32-le", "surrogatepass"))
     if dtype.kind == "S":
@@ -259,27 +264,24 @@ def _decode_numpy_scalar(entry: Entry, data: bytes, where: str) -> Any:
     return np.frombuffer(bytearray(data), dtype)[0] if data else np.zeros((), dtype)[()]
 
 
-def _decode_pickle(entry: Entry, data: bytes, where: str) -> Any:
+def _decode_pickle(data: bytes, entry: Entry) -> Any:
+    where = f"leaf {entry.path!r}: the pickle of {entry.attrs.get('type')}"
     try:
         return pickle.loads(data)  # noqa: S301  only with allow_pickle
     except (ImportError, AttributeError) as error:
-        raise UnknownClassError(
-            f"{where}: the pickle of {entry.attrs.get('type')} needs a class: {error}"
-        ) from error
-    except Exception as error:  # user code runs here and may raise anything
-        raise FormatError(
-            f"{where}: the pickle of {entry.attrs.get('type')} does not load: {error!r}"
-        ) from error
+        raise UnknownClassError(f"{where} needs a class that is not here: {error}") from error
+    except Exception as error:
+        raise FormatError(f"{where} does not load: {error!r}") from error
 
 
-_DECODERS: dict[Kind, Callable[[Entry, bytes, str], Any]] = {
+_DECODERS: dict[Kind, Callable[[bytes, Entry], Any]] = {
     Kind.NONE: _decode_none,
     Kind.BOOL: _decode_bool,
     Kind.INT: _decode_int,
-    Kind.FLOAT: lambda entry, data, where: struct.unpack("<d", data)[0],
-    Kind.COMPLEX: lambda entry, data, where: complex(*struct.unpack("<2d", data)),
-    Kind.STR: lambda entry, data, where: data.decode("utf-8", "surrogatepass"),
-    Kind.BYTES: lambda entry, data, where: bytearray(data) if entry.hints.get("bytearray") else data,
+    Kind.FLOAT: lambda data, _: struct.unpack("<d", data)[0],
+    Kind.COMPLEX: lambda data, _: complex(*struct.unpack("<2d", data)),
+    Kind.STR: lambda data, _: data.decode("utf-8", "surrogatepass"),
+    Kind.BYTES: _decode_bytes,
     Kind.INT_LIST: _decode_numbers,
     Kind.INT_TUPLE: _decode_numbers,
     Kind.FLOAT_LIST: _decode_numbers,

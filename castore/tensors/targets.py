@@ -63,7 +63,7 @@ class Target(Protocol):
 
     @property
     def direct(self) -> bool:
-        """Whether `memory` may be used, and filled before the bytes are verified: nobody else can see it yet."""
+        """Whether `memory` may be used, even before the bytes are verified: nobody else can see it yet."""
         ...
 
     def memory(self) -> memoryview:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from castore.errors import FormatError
-from castore.format.manifest import Entry, Kind
+from castore.format.manifest import REFERENCE_KINDS, Entry, Kind
 from castore.format.paths import last_component, parent_of
 from castore.options import SKELETON_DEPTH_MAX
 
@@ -38,6 +38,11 @@ class Node:
         return self.entry is None or (self.entry.is_container and not self.is_composite)
 
     @property
+    def is_reference(self) -> bool:
+        """Whether its memory belongs to another entry."""
+        return self.entry is not None and self.entry.kind in REFERENCE_KINDS
+
+    @property
     def is_complete(self) -> bool:
         """Whether all children that the container had are here."""
         return self.entry is not None and self.entry.shape == (len(self.children),)
@@ -58,23 +63,29 @@ class Tree:
     storages: dict[str, Entry]
 
     def resolve(self, node: Node) -> Node:
-        """The node that an alias stands for, or the node itself. Raises FormatError for an alias of nothing."""
+        """What an alias stands for, or the node itself. Raises FormatError for an alias of nothing."""
         entry = node.entry
         if entry is None or entry.kind is not Kind.ALIAS:
             return node
         target = self.nodes.get(str(entry.attrs.get("target")))
         if target is None or target.entry is None or target.entry.kind not in _ALIAS_TARGETS:
             raise FormatError(
-                f"leaf {entry.path!r}: alias of {entry.attrs.get('target')!r}, which is no array of this manifest"
+                f"leaf {entry.path!r}: alias of {entry.attrs.get('target')!r}, which is no array here"
             )
         return target
+
+    def resolved(self, node: Node) -> Entry:
+        """The entry of what an alias stands for, or of the node itself, which is no implied one."""
+        entry = self.resolve(node).entry
+        assert entry is not None
+        return entry
 
     def storage_of(self, entry: Entry) -> Entry:
         """The STORAGE of a VIEW. Raises FormatError when there is none."""
         storage = self.storages.get(str(entry.attrs.get("storage")))
         if storage is None:
             raise FormatError(
-                f"leaf {entry.path!r}: view of {entry.attrs.get('storage')!r}, which is no storage of this manifest"
+                f"leaf {entry.path!r}: view of {entry.attrs.get('storage')!r}, which is no storage here"
             )
         return storage
 

@@ -211,13 +211,9 @@ def make_view(entry: Entry, storage: Any) -> Any:
     where = f"leaf {entry.path!r}"
     attrs = entry.attrs
     offset, stride = attrs.get("offset_bytes"), attrs.get("stride_bytes")
-    valid = type(offset) is int and isinstance(stride, list) and all(type(step) is int for step in stride)
-    if (
-        not valid
-        or not isinstance(stride, list)
-        or not isinstance(offset, int)
-        or len(stride) != len(entry.shape)
-    ):
+    if not isinstance(stride, list) or len(stride) != len(entry.shape):
+        raise FormatError(f"{where}: expected {len(entry.shape)} strides, found {str(stride)[:80]}")
+    if not isinstance(offset, int) or not all(isinstance(step, int) for step in stride):
         raise FormatError(f"{where}: expected an offset and strides, found {str(dict(attrs))[:80]}")
     item_bytes = element_bytes(entry, where)
     checked_raw_bytes(entry, item_bytes, where)
@@ -232,13 +228,13 @@ def make_view(entry: Entry, storage: Any) -> Any:
         return np.ndarray(
             entry.shape, numpy_dtype(entry, where), buffer=storage, offset=offset, strides=stride
         )
-    return _tensor_view(entry, storage, offset, stride, item_bytes, where)
+    return _tensor_view(entry, storage, offset, stride)
 
 
-def _tensor_view(
-    entry: Entry, storage: Any, offset: int, stride: list[int], item_bytes: int, where: str
-) -> Any:
+def _tensor_view(entry: Entry, storage: Any, offset: int, stride: list[int]) -> Any:
+    where = f"leaf {entry.path!r}"
     torch = require_torch(where)
+    item_bytes = element_bytes(entry, where)
     if any(step % item_bytes or step < 0 for step in (offset, *stride)):
         raise FormatError(
             f"{where}: offset {offset} and strides {stride} are not whole elements of {item_bytes} bytes"
@@ -283,11 +279,11 @@ def _kept_paths(tree: Tree, keep: Callable[[str], bool]) -> set[str]:
     def visit(node: Node, *, inside: bool) -> bool:
         """Whether the node or anything below it is kept."""
         inside = inside or keep(node.path)
-        # A list, not a generator: every child must be visited.
-        below = any([visit(child, inside=inside) for child in node.children.values()])
-        if inside or below:
+        # A list first, because every child must be visited.
+        below = [visit(child, inside=inside) for child in node.children.values()]
+        if inside or any(below):
             kept.add(node.path)
-        return inside or below
+        return inside or any(below)
 
     visit(tree.root, inside=False)
     return kept

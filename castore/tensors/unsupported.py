@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-import datetime
+import datetime as dt
 import enum
 import os
 import random
@@ -24,8 +24,8 @@ _BUILTIN_ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((set, frozenset), "save sorted(values), a list has an order that can be compared"),
     ((range, memoryview), "save list(range) or bytes(view)"),
     (os.PathLike, "save str(path)"),
-    ((datetime.date, datetime.time), "save its .isoformat()"),
-    (datetime.timedelta, "save its .total_seconds()"),
+    ((dt.date, dt.time), "save its .isoformat()"),
+    (dt.timedelta, "save its .total_seconds()"),
     (random.Random, "save its .getstate()"),
     (np.random.Generator, "save generator.bit_generator.state"),
     (np.random.BitGenerator, "save its .state"),
@@ -75,7 +75,7 @@ def _torch_advice(value: Any) -> str:
     if isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
         return "it is not initialized yet: run the module once before saving"
     if isinstance(value, torch.Tensor):
-        return "a tensor subclass has state of its own: save the plain tensors inside (DTensor: .to_local() or .full_tensor())"
+        return "save the plain tensors inside it (DTensor: .to_local() or .full_tensor())"
     if isinstance(value, torch.storage.UntypedStorage | torch.storage.TypedStorage):
         return "save a tensor over the storage"
     if type(value).__module__ == "torch.return_types":

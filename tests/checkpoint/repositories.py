@@ -33,8 +33,12 @@ def create_on(backend: Backend, options: RepositoryOptions | None = None) -> Rep
 
 
 def open_on(backend: Backend) -> Repository:
-    """A fresh handle to the repository on a backend, as another process would have it."""
-    config = decode_config(backend.read(CONFIG, max_bytes=TEXT_FILE_BYTES_MAX), where=CONFIG)
+    """A fresh handle to the repository on a backend, as another process would have it.
+
+    The config is read past a fault or hook, so that call 0 is the first of the operation.
+    """
+    inner: Backend = getattr(backend, "inner", backend)
+    config = decode_config(inner.read(CONFIG, max_bytes=TEXT_FILE_BYTES_MAX), where=CONFIG)
     return Repository(backend.location, Handle(backend, config))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,9 @@ def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
     assert file_system_type(tmp_path / "link" / "x", MOUNTS) == "lustre"
 
 
-@pytest.mark.parametrize("name", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "fuse.sshfs", "fuse.s3fs", "lustre"])
+@pytest.mark.parametrize(
+    "name", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "fuse.sshfs", "fuse.s3fs", "lustre"]
+)
 def test_network_file_systems(name: str) -> None:
     assert is_network(name)
 
@@ -68,7 +71,9 @@ def test_local_file_systems(name: str) -> None:
 
 def test_the_users_cache_directory() -> None:
     name = REPOSITORY_ID.hex()
-    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/castore", name)
+    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path(
+        "/c/castore", name
+    )
     assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "c", "HOME": "/h"}) == Path(
         "/h/.cache/castore", name
     )
@@ -93,7 +98,9 @@ class TestChoice:
         assert self.choose(tmp_path / "repo", user) == tmp_path / "repo" / "cache"
         assert not user.exists()
 
-    def test_in_the_users_cache_when_the_repository_is_on_the_network(self, tmp_path: Path, user: Path) -> None:
+    def test_in_the_users_cache_when_the_repository_is_on_the_network(
+        self, tmp_path: Path, user: Path
+    ) -> None:
         found = self.choose(tmp_path / "repo", user, tmp_path / "repo")
         assert found == user / "castore" / REPOSITORY_ID.hex()
         assert found.is_dir()
@@ -150,10 +157,9 @@ class TestOpenIndex:
         index.close()
 
     def test_a_disk_that_is_full_from_the_start_is_no_error(self, full_disk: Path) -> None:
-        with (full_disk / "ballast").open("wb") as file, pytest.raises(OSError, match="No space"):
-            for _ in range(10_000):
-                file.write(bytes(4096))
-                file.flush()
+        with (full_disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
         index = open_index(full_disk, repository_id=REPOSITORY_ID, id_bytes=16)
         index.add({pack(1): table([1])})
         assert index.packs() == {pack(1)}

@@ -230,7 +230,12 @@ class FaultBackend:
         if fault and fault.moment == "before":
             self._strike(fault, operation, name)
         call = _Call(during=fault is not None and fault.moment == "during")
-        yield call
+        try:
+            yield call
+        except CastoreError:  # the answer of a call that has no effect, like that there is no such file
+            if fault:
+                self._strike(fault, operation, name)
+            raise
         with self._lock:
             if call.during or self.crashed:  # crashed: on another thread, while this one was on its way
                 self._visible.update(call.effects)

@@ -77,7 +77,9 @@ class IndexSuite:
             [chunk(number)] if number < 10 else [] for number in numbers
         ]
 
-    def test_a_chunk_in_several_packs_is_found_in_all_of_them_in_the_order_of_adding(self, index: Index) -> None:
+    def test_a_chunk_in_several_packs_is_found_in_all_of_them_in_the_order_of_adding(
+        self, index: Index
+    ) -> None:
         numbers = [5, 1, 9, 3]
         for number in numbers:
             index.add({pack(number): table([number, 100])})

@@ -73,7 +73,8 @@ class PowerLossOs:
     # ---- the system calls ----------------------------------------------------------------------------------
 
     def open(self, path: str, flags: int, mode: int = 0o777) -> int:
-        creates = bool(flags & os.O_CREAT) and not os.path.lexists(path)
+        known = isinstance(self._find(os.path.dirname(path)), _Directory)
+        creates = known and bool(flags & os.O_CREAT) and not os.path.lexists(path)
         if creates:
             self._count(f"create {path}")
         fd = os.open(path, flags, mode)
@@ -90,7 +91,9 @@ class PowerLossOs:
 
     def writev(self, fd: int, buffers: Sequence[Buffer]) -> int:
         data = b"".join(map(byte_view, buffers))
-        file = self._open[fd]
+        file = self._open.get(fd)
+        if file is None:
+            return os.writev(fd, buffers)
         assert isinstance(file, _File)
         self._count("write, first half")
         half = os.write(fd, data[: (len(data) + 1) // 2])
@@ -139,13 +142,14 @@ class PowerLossOs:
             raise SimulatedCrash(f"before system call {self.at}: {call}")
 
     def _find(self, path: str) -> _File | _Directory | None:
-        """The node of a path, None outside of the base."""
+        """The node of a path, None outside of the base and where others than the backend write (the index)."""
         relative = os.path.relpath(path, self.base)
         if relative == ".":
             return self._root
         if relative.startswith(".."):
             return None
-        return self._directory_of(path).seen[os.path.basename(path)]
+        directory = self._find(os.path.dirname(path))
+        return directory.seen.get(os.path.basename(path)) if isinstance(directory, _Directory) else None
 
     def _directory_of(self, path: str) -> _Directory:
         node = self._find(os.path.dirname(path))

@@ -1,0 +1,287 @@
+"""Promise 1: a crash at any moment leaves every earlier snapshot whole and the repository usable without repair.
+
+At the level of backend calls (FaultBackend), of system calls (PowerLossOs), and with errors in place of crashes.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+import castore
+from castore.backend import LocalBackend, MemoryBackend
+from castore.errors import CastoreError, NoSpaceError, StorageError
+from tests.checkpoint.crashes import (
+    NEXT,
+    OPERATIONS,
+    History,
+    Operation,
+    check_usable,
+    make_history,
+    refs_of,
+    restarted,
+    run,
+)
+from tests.checkpoint.repositories import create_on, held_leases, open_on
+from tests.checkpoint.states import assert_same, training_state
+from tests.suites.fault_backend import (
+    MOMENTS,
+    UNSYNCED,
+    Call,
+    Fault,
+    FaultBackend,
+    Moment,
+    SimulatedCrash,
+    Unsynced,
+)
+from tests.suites.power_loss import PowerLossOs
+
+
+@pytest.fixture(scope="module")
+def history() -> History:
+    return make_history()
+
+
+def calls_of(history: History, operation: Operation) -> list[Call]:
+    faultless = FaultBackend(restarted(history))
+    run(operation, faultless)
+    return faultless.calls
+
+
+# ---- backend calls -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_crash_at_any_backend_call_leaves_the_old_or_the_new(
+    history: History, name: str, moment: Moment
+) -> None:
+    operation = OPERATIONS[name]
+    calls = calls_of(history, operation)
+    effects = []
+    for at, call in enumerate(calls):
+        faulty = FaultBackend(restarted(history), Fault(at, moment))
+        with pytest.raises(SimulatedCrash):
+            run(operation, faulty)
+        for unsynced in UNSYNCED if call.writes else UNSYNCED[:1]:
+            left = faulty.restore_in_memory(unsynced=unsynced)
+            effects.append(check_usable(left, history, operation, deep=call.writes))
+    assert len(calls) >= 3
+    assert not effects[0]
+    assert effects[-1] or moment == "before"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unsynced", UNSYNCED)
+def test_a_crash_leaves_a_directory_that_opens_with_its_litter(
+    history: History, unsynced: Unsynced, tmp_path: Path
+) -> None:
+    """The same in a real directory: temporary files, dead leases and no index are no hindrance."""
+    operation = OPERATIONS["save"]
+    for at, call in enumerate(calls_of(history, operation)):
+        if not call.writes:
+            continue
+        faulty = FaultBackend(restarted(history), Fault(at, "during"))
+        with pytest.raises(SimulatedCrash):
+            run(operation, faulty)
+        directory = tmp_path / str(at)
+        check_usable(faulty.restore(directory, unsynced=unsynced), history, operation)
+        with castore.open(directory) as repo:
+            assert_same(repo.load("main"), NEXT)
+
+
+def test_a_second_crash_while_recovering_does_no_more_harm(history: History) -> None:
+    """A job that dies in its first save, is restarted, and dies in it again, and again."""
+    backend = restarted(history)
+    operation = OPERATIONS["save to a new branch"]
+    for at in range(len(calls_of(history, operation)) - 5):
+        faulty = FaultBackend(backend, Fault(at, "during"))
+        with pytest.raises(SimulatedCrash):
+            run(operation, faulty)
+        backend = faulty.restore_in_memory(unsynced=UNSYNCED[at % 3])
+        if "heads/young" in refs_of(backend):
+            break
+    repo = open_on(backend)
+    assert repo.verify(data=True).ok
+    for snapshot_id, state in history.states.items():
+        assert_same(repo.load(snapshot_id), state)
+    repo.save(NEXT, branch="young")
+    assert_same(repo.load("young"), NEXT)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+@pytest.mark.parametrize("moment", ["before", "during"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_error_of_any_backend_call_is_typed_and_the_same_handle_goes_on(
+    history: History, name: str, code: int, moment: Moment, lasting: bool
+) -> None:
+    operation = OPERATIONS[name]
+    for at, call in enumerate(calls_of(history, operation)):
+        backend = FaultBackend(restarted(history), Fault(at, moment, errno=code, lasting=lasting))
+        repo = open_on(backend)
+        try:
+            operation.run(repo)
+        except StorageError as error:
+            assert isinstance(error, NoSpaceError) == (code == errno.ENOSPC)
+            assert error.errno == code
+        else:
+            # The root is there and nobody needs the lease file any more.
+            assert call.operation in ("release", "flush_hint")
+        backend.fault = None
+        assert held_leases(backend) == []
+        moved = check_usable(backend, history, operation, deep=False)
+        commits = [number for number, found in enumerate(backend.calls) if found.operation == "compare_and_swap"]
+        if not commits or at < commits[0]:
+            assert not moved, f"{call} failed before the commit, and yet it took effect"
+        # The same handle, which a training loop that logs the error goes on with.
+        head = repo.snapshot("main").id
+        assert repo.save(NEXT, step=10).parents == (head,)
+        assert_same(repo.load("main"), NEXT)
+        assert repo.verify(data=True).ok
+
+
+def test_a_full_disk_leaves_no_half_written_pack(history: History, tmp_path: Path) -> None:
+    calls = calls_of(history, OPERATIONS["save"])
+    for at in (number for number, call in enumerate(calls) if call.operation in ("write", "commit")):
+        directory = tmp_path / str(at)
+        FaultBackend(restarted(history)).restore(directory, unsynced="kept")
+        before = sorted(path.name for path in directory.rglob("*.pack"))
+        backend = FaultBackend(LocalBackend(directory), Fault(at, errno=errno.ENOSPC))
+        repo = open_on(backend)
+        # Opening the real index asks nothing of the backend, so the numbers stay those of the run in memory.
+        with pytest.raises(NoSpaceError):
+            OPERATIONS["save"].run(repo)
+        assert sorted(path.name for path in directory.rglob("*.pack")) == before
+        assert list(backend.temporaries(modified_before_ns=2**63)) == []
+        repo.close()
+
+
+# ---- system calls ------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = training_state(1, frozen_bytes=2000, moving_bytes=1000), training_state(2, frozen_bytes=2000)
+
+
+def survivors(disk: PowerLossOs, unsynced: Unsynced, below: str) -> MemoryBackend:
+    """What the next process finds, temporary files left out."""
+    backend = MemoryBackend()
+    for path, data in disk.survivors(unsynced=unsynced).items():
+        name = path.removeprefix(below)
+        if "/." not in f"/{name}":
+            backend.put_if_absent(name, data)
+    return backend
+
+
+@pytest.mark.slow
+def test_a_power_cut_at_any_system_call_of_a_save_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    at, heads = 0, []
+    while True:
+        base = tmp_path / str(at)
+        base.mkdir()
+        disk = PowerLossOs(base)
+        with disk.installed():
+            repo = castore.init(base / "store")
+            first = repo.save(FIRST, step=1)
+            disk.at = len(disk.calls) + at
+            try:
+                second = repo.save(SECOND, step=2)
+            except SimulatedCrash:
+                second = None
+            # Still on this disk: the objects of a dead process must not clean up on the real one.
+            del repo
+        if not disk.crashed:
+            break
+        for unsynced in UNSYNCED:
+            left = open_on(survivors(disk, unsynced, "store/"))
+            assert_same(left.load(first.id), FIRST)
+            head = left.snapshot("main")
+            heads.append(head.id == first.id)
+            if head.id != first.id:
+                assert head.parents == (first.id,)
+            for snapshot in left.snapshots():
+                assert_same(left.load(snapshot.id), FIRST if snapshot.id == first.id else SECOND)
+            assert left.verify(data=True).ok
+            left.save(NEXT)
+            assert_same(left.load("main"), NEXT)
+        at += 1
+    assert second is not None
+    assert at > 25
+    assert heads[0]
+    assert not heads[-1]
+
+
+@pytest.mark.slow
+def test_a_power_cut_at_any_system_call_of_the_first_save_leaves_a_place_to_begin_in(tmp_path: Path) -> None:
+    """Also in the middle of `init`: `castore.open(create=True)` is how a restarted job begins."""
+    at = 0
+    while True:
+        base = tmp_path / f"{at}-crashed"
+        base.mkdir()
+        disk = PowerLossOs(base, at=at)
+        with disk.installed():
+            try:
+                snapshot = castore.save(FIRST, base / "store", step=1)
+            except SimulatedCrash:
+                snapshot = None
+        for unsynced in UNSYNCED:
+            directory = tmp_path / f"{at}-{unsynced}"
+            directory.mkdir()
+            for path, data in disk.survivors(unsynced=unsynced).items():
+                (directory / path).parent.mkdir(parents=True, exist_ok=True)
+                (directory / path).write_bytes(data)
+            with castore.open(directory / "store", create=True) as repo:
+                if snapshot is not None:
+                    assert_same(repo.load(snapshot.id), FIRST)
+                repo.save(SECOND, step=2)
+                assert_same(repo.load("main"), SECOND)
+                assert repo.verify(data=True).ok
+        if not disk.crashed:
+            break
+        at += 1
+    assert at > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_an_error_of_any_system_call_of_a_save_is_typed_and_the_same_handle_goes_on(
+    tmp_path: Path, code: int
+) -> None:
+    at, failures = 0, 0
+    while True:
+        base = tmp_path / str(at)
+        base.mkdir()
+        disk = PowerLossOs(base, errno=code)
+        with disk.installed():
+            repo = castore.init(base / "store")
+            first = repo.save(FIRST, step=1)
+            disk.at = len(disk.calls) + at
+            try:
+                repo.save(SECOND, step=2)
+            except CastoreError as error:
+                failures += 1
+                assert isinstance(error, StorageError)
+                assert isinstance(error, NoSpaceError) == (code == errno.ENOSPC)
+            done = len(disk.calls) <= disk.at
+            disk.at = None
+            assert_same(repo.load(first.id), FIRST)
+            repo.save(NEXT, step=3)
+            assert_same(repo.load("main"), NEXT)
+            assert repo.verify(data=True).ok
+            assert list(repo.handle.backend.claims("leases/")) == []
+            repo.close()
+        if done:
+            break
+        at += 1
+    assert failures > 15
+
+
+def test_a_crash_while_another_repository_is_made_in_the_same_place_is_no_repository() -> None:
+    """The config is written first and whole: without it there is nothing to open."""
+    backend = MemoryBackend()
+    create_on(backend)
+    assert [info.name for info in backend.list("")] == ["config"]
