@@ -43,10 +43,10 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt
+$(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt setup.py $(wildcard castore/*/*.c)
 	@echo "installing castore[$*] into $(VENV); PyTorch makes this take some minutes the first time"
 	$(PIP) --editable '.[$*]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs bench/cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf castore/*/*.so $(VENV) build dist *.egg-info runs bench/cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

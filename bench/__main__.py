@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory",
         choices=("as-is", "warm"),
         default="as-is",
-        help="warm: touch and free memory before each measurement, for virtual machines that take free memory back",
+        help="warm: touch and free memory before each measurement (for virtual machines, see README)",
     )
     parser.add_argument("--prepare", action="store_true", help="only train what the workloads need")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement")

@@ -78,8 +78,8 @@ def settle() -> None:
 def warm_memory(size_bytes: int) -> None:
     """Touch so much memory and free it again, so that what follows finds it at once.
 
-    A virtual machine gives free memory back to its host and gets it again page by page, at 0.2 GB/s where it was
-    measured: five times what writing to the disk costs, paid by whoever comes after a pause.
+    A virtual machine gives free memory back to its host and gets it again page by page, at 0.2 GB/s where it
+    was measured: several times what writing to the disk costs, paid by whoever needs memory after a pause.
     """
     pages = torch.empty(size_bytes, dtype=torch.uint8)
     pages[:: mmap.PAGESIZE] = 1

@@ -18,6 +18,9 @@ MB = 1e6
 NOISE = 1.02
 """A figure within 2 % of another is no loss."""
 
+FACTOR_MAX = 100
+"""Beyond this the other figure is next to nothing, and the factor says nothing."""
+
 MAPPING = frozenset({"safetensors"})
 """Contestants whose load returns before the file is read: their bytes are read at the first touch."""
 
@@ -100,7 +103,7 @@ def _losses(workload: dict[str, Any]) -> Iterator[str]:
             continue
         best, winner = min(others)
         if min(own) > max(best, 0) * NOISE:
-            factor = f", {min(own) / best:.2f}x" if best > 0 else ""
+            factor = f", {min(own) / best:.2f}x" if min(own) < best * FACTOR_MAX else ""
             how = f"{winner}, which only maps its file" if "load" in label and winner in MAPPING else winner
             yield f"{label} {form(min(own))} against {form(best)} ({how}){factor}"
 
@@ -118,10 +121,10 @@ def _measured(results: dict[str, Any]) -> Measured:
 METHOD = """\
 Shares are of the raw bytes of all tensors. *Later* figures are means over the later saves. *Durable* is
 after fsync. *Load* opens the store and reads the newest state completely; *cold* means with its files
-dropped from the page cache. safetensors and castore_none only map their files in a load: most is read at
-the first touch, which is not in these figures. *Peak* is the highest resident size above that before the
-store was opened: what a contestant keeps between saves counts, and for a load the loaded state counts
-too. `bench/peers.py` says how each contestant is used, `bench/workloads.py` what is saved."""
+dropped from the page cache. safetensors only maps its file, as does castore_none once it can: most is
+then read at the first touch, which is not in these figures. *Peak* is the highest resident size above
+that before the store was opened: what a contestant keeps between saves counts, and for a load the loaded
+state counts too. `bench/peers.py` says how each contestant is used, `bench/workloads.py` what is saved."""
 
 
 def _about(about: dict[str, Any]) -> str:
@@ -132,7 +135,8 @@ Measured on {about["date"]} with `{about["command"]}`: medians of {about["repeat
 within each repetition, every repetition in a fresh directory on a disk.
 
 - Machine: {machine["processor"]}, {machine["cores"]} cores, {machine["memory_bytes"] / 2**30:.0f} GiB
-- System: {machine["system"]}, {machine["file_system"]}; memory {about["memory"]}; load average at the end {machine["load_average"]:.1f}
+- System: {machine["system"]}, {machine["file_system"]}; memory {about["memory"]}
+- Load average at the end: {machine["load_average"]:.1f}
 - Versions: {versions}; torch uses {machine["torch_threads"]} threads
 
 {METHOD}"""

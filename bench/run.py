@@ -94,7 +94,7 @@ def _workload(
 
 
 def _shuffled(contestants: Sequence[type[Contestant]], repetition: int) -> list[type[Contestant]]:
-    """Another order in each repetition, the same in each run: nobody is always first, or always after the same one."""
+    """Another order in each repetition: nobody is always first, or always after the same one."""
     order = list(contestants)
     random.Random(repetition).shuffle(order)
     return order

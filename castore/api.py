@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -86,23 +87,23 @@ class Repository:
 
         Args:
             state: any nesting of dict, list, tuple, namedtuple, dataclass and OrderedDict around tensors, arrays,
-            numbers,
-                text, bytes and None. It is read in place, not copied, and must not change until this returns.
+                numbers, text, bytes and None. It is read in place, not copied, and must not change until this returns.
             branch: made when it does not exist.
             metrics: numbers to choose snapshots by. metadata: any JSON. tags: names that must be free.
             parent: a ref to continue from, whatever the branch's head is now. By default the save continues the head
-            that
-                this object last saved, loaded or found, and raises ConflictError when somebody moved it since.
+                that this object last saved, loaded or found, and raises ConflictError when somebody moved it since.
             allow_pickle: store values without a typed encoding as pickles; loading them needs allow_pickle too.
 
         Blocks until the snapshot is durable. Raises UnsupportedLeafError, UsageError, ConflictError (the snapshot is
-        kept as an orphan), RefExistsError, NoSpaceError, StorageError; after any of them the branch is where it was.
+        kept as an orphan), RefExistsError, NoSpaceError, StorageError; after any of them the branch is where it was,
+        unless a note of the error says that it has moved. The next save continues from wherever it is.
         """
-        from castore.checkpoint.save import SaveRequest, save
+        from castore.checkpoint.request import SaveRequest
+        from castore.checkpoint.save import save
 
         request = SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         snapshot = save(self._handle, state, request, progress=progress)
-        return self._bound(snapshot)
+        return replace(snapshot, _read_leaves=self._read_leaves)
 
     def load(
         self,
@@ -124,8 +125,8 @@ class Repository:
             paths: globs of leaf paths (`model/encoder.*/**`); the rest is neither read nor returned, and a list, tuple,
                 namedtuple or dataclass that lost an item comes back as a dict.
             into: a live state whose tensors and arrays are filled in place, after every path, shape and dtype was
-            compared.
-                Other values are replaced where their container is mutable. The returned state holds the live tensors.
+                compared. Other values are replaced where their container is mutable. The returned state holds the live
+                tensors.
             strict: with `into`, whether leaves that only one side has are an error; False loads what both have.
             device: where tensors go; by default to the CPU. `into` tensors stay where they are.
             verify: recompute every chunk id (default). False still compares the checksums of stored bytes.
@@ -265,17 +266,16 @@ class Repository:
     def _resolve(self, ref: str) -> SnapshotId:
         """The snapshot of a ref; a branch that is loaded is from now on the head this object has seen."""
         backend = self._handle.backend
-        snapshot_id = resolve(backend, ref)
         branch = branch_of(backend, ref)
-        if branch is not None:
-            self._handle.note_head(branch, snapshot_id)
+        if branch is None:
+            return resolve(backend, ref)
+        seen = self._handle.seen_head(branch)
+        snapshot_id = resolve(backend, ref)
+        self._handle.note_head(branch, snapshot_id, unless_noted_since=seen)
         return snapshot_id
 
     def _snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
         return make_snapshot(snapshot_id, read_record(self._handle.backend, snapshot_id), self._read_leaves)
-
-    def _bound(self, snapshot: Snapshot) -> Snapshot:
-        return self._snapshot(snapshot.id)
 
     def _read_leaves(self, snapshot_id: SnapshotId) -> tuple[Leaf, ...]:
         handle = self._handle

@@ -11,16 +11,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from castore.backend.base import Backend
 from castore.codec.base import Elements
 from castore.codec.chooser import Encoded, encode_chunk
+from castore.errors import CodecError, DamageError
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, RecordKind
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId, PackId, new_pack_id
-from castore.options import ENCODE_AHEAD_CHUNKS, PACK_BYTES_MAX, Compression
+from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, PACK_BYTES_MAX, Compression
 from castore.pack.writer import PackWriter, SealedPack
 
 ReadRaw = Callable[[], Buffer]
@@ -32,10 +34,23 @@ def worker_count() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseSource:
+    """A chunk to take a difference from."""
+
+    chunk_id: ChunkId
+    depth: int
+    """Of its own record."""
+    read: Callable[[], Buffer]
+    """Its raw bytes, as long as those of the new chunk. May raise DamageError: the new chunk is then stored by
+    itself."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Pending:
     chunk_id: ChunkId
     kind: RecordKind
     raw_bytes: int
+    base: BaseSource | None
     encoded: Future[Encoded]
 
 
@@ -43,26 +58,44 @@ class ChunkWriter:
     """Appends chunks to packs of its own."""
 
     def __init__(
-        self, backend: Backend, hasher: Hasher, repository_id: bytes, *, compression: Compression, now_ns: int
+        self,
+        backend: Backend,
+        hasher: Hasher,
+        repository_id: bytes,
+        *,
+        compression: Compression,
+        now_ns: int,
+        keep_base: Callable[[ChunkId, Buffer], None] | None = None,
     ) -> None:
+        """`keep_base` gets the raw bytes of every chunk that later ones may rest on, from an encoding thread."""
         self._backend = backend
         self._hasher = hasher
         self._repository_id = repository_id
         self._compression: Compression = compression
         self._now_ns = now_ns
+        self._keep_base = keep_base
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[_Pending] = deque()
         self._pack: PackWriter | None = None
         self._sealed: list[SealedPack] = []
 
-    def put(self, chunk_id: ChunkId, read: ReadRaw, *, raw_bytes: int, elements: Elements, kind: RecordKind) -> None:
+    def put(
+        self,
+        chunk_id: ChunkId,
+        read: ReadRaw,
+        *,
+        raw_bytes: int,
+        elements: Elements,
+        kind: RecordKind,
+        base: BaseSource | None = None,
+    ) -> None:
         """Schedule one chunk; `read` is called from another thread. Blocks while the queue is full."""
         while len(self._pending) >= ENCODE_AHEAD_CHUNKS:
             self._append_next()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-encode")
-        future = self._pool.submit(self._encode, chunk_id, read, elements)
-        self._pending.append(_Pending(chunk_id, kind, raw_bytes, future))
+        future = self._pool.submit(self._encode, chunk_id, read, elements, kind, base)
+        self._pending.append(_Pending(chunk_id, kind, raw_bytes, base, future))
 
     def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind, elements: Elements) -> None:
         """Schedule a chunk that is already in memory."""
@@ -72,6 +105,8 @@ class ChunkWriter:
         """Append a whole raw leaf as one run, so that it can be mapped."""
         self._append_all()
         self._open_pack().append_run(chunks, kind=kind, payload_bytes=payload_bytes)
+        for chunk_id, read in chunks:
+            self._prove_raw(chunk_id, read())
         self._rotate()
 
     def finish(self) -> list[SealedPack]:
@@ -91,8 +126,19 @@ class ChunkWriter:
             self._pack.abort()
             self._pack = None
 
-    def _encode(self, chunk_id: ChunkId, read: ReadRaw, elements: Elements) -> Encoded:
-        return encode_chunk(read(), elements, self._compression, chunk_id=chunk_id, hasher=self._hasher)
+    def _encode(
+        self, chunk_id: ChunkId, read: ReadRaw, elements: Elements, kind: RecordKind, base: BaseSource | None
+    ) -> Encoded:
+        raw = read()
+        other: Buffer | None = None
+        if base is not None:
+            with suppress(DamageError):
+                other = base.read()
+        encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
+        depth = base.depth + 1 if base is not None and encoded.rests_on_base else 0
+        if self._keep_base is not None and depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
+            self._keep_base(chunk_id, raw)
+        return encoded
 
     def _append_all(self) -> None:
         while self._pending:
@@ -101,10 +147,27 @@ class ChunkWriter:
     def _append_next(self) -> None:
         pending = self._pending.popleft()
         encoded = pending.encoded.result()
+        base = pending.base if encoded.rests_on_base else None
         self._open_pack().append(
-            pending.chunk_id, encoded.payload, kind=pending.kind, raw_bytes=pending.raw_bytes, chain=encoded.chain
+            pending.chunk_id,
+            encoded.payload,
+            kind=pending.kind,
+            raw_bytes=pending.raw_bytes,
+            chain=encoded.chain,
+            base_id=base.chunk_id if base is not None else None,
+            depth=base.depth + 1 if base is not None else 0,
         )
+        if not encoded.chain:
+            self._prove_raw(pending.chunk_id, encoded.payload)
         self._rotate()
+
+    def _prove_raw(self, chunk_id: ChunkId, raw: Buffer) -> None:
+        """Raw bytes go from the state's own memory to the pack: hashed again after the write, they were right in it."""
+        if self._hasher.digest(raw) != chunk_id:
+            raise CodecError(
+                f"chunk {chunk_id.hex()}: its bytes changed between hashing and writing; was the state changed by "
+                "another thread during the save? If not, test this machine's memory"
+            )
 
     def _open_pack(self) -> PackWriter:
         if self._pack is None:

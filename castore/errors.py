@@ -170,15 +170,6 @@ class StateMismatchError(CastoreError):
         self.mismatched = tuple(mismatched)
         """Paths that both have with another kind, shape or dtype, each with what was expected and found."""
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_mismatch, (self.args[0], self.missing, self.unexpected, self.mismatched))
-
-
-def _rebuild_mismatch(
-    message: str, missing: Sequence[str], unexpected: Sequence[str], mismatched: Sequence[str]
-) -> StateMismatchError:
-    return StateMismatchError(message, missing=missing, unexpected=unexpected, mismatched=mismatched)
-
 
 class UnknownClassError(CastoreError):
     """A namedtuple or dataclass of the state is not loaded in this process, and a manifest never imports code."""
@@ -219,13 +210,6 @@ class PartialLoadError(CastoreError):
         super().__init__(message)
         self.overwritten = tuple(overwritten)
         """Paths of the live leaves that already hold bytes of the snapshot."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild_partial, (self.args[0], self.overwritten))
-
-
-def _rebuild_partial(message: str, overwritten: Sequence[str]) -> PartialLoadError:
-    return PartialLoadError(message, overwritten=overwritten)
 
 
 class LeaseError(CastoreError):

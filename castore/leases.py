@@ -13,13 +13,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from castore.backend.base import Backend
-from castore.errors import DamageError, FormatError, NotFoundError
+from castore.errors import CastoreError, DamageError, FormatError, NotFoundError
 from castore.format.layout import GC, LEASES, new_lease_name
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
 from castore.ids import PackId
@@ -53,7 +53,10 @@ def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[Non
     try:
         yield
     finally:
-        claim.release()
+        # An error here is none of the caller's: the lock is let go whether or not the file could be removed, so that
+        # it looks like that of a dead process, which gc removes.
+        with suppress(CastoreError):
+            claim.release()
 
 
 def list_leases(backend: Backend) -> list[LeaseInfo]:

@@ -52,6 +52,13 @@ RUN_BYTES_MIN = 64 * KIB
 ENCODE_AHEAD_CHUNKS = 16
 """Chunks being encoded or waiting to be written: bounds the memory of a save to 16 MiB raw plus as much encoded."""
 
+DELTA_DEPTH_MAX = 2
+"""Bases that may have to be read before a chunk decodes. Each level costs a load the reading and decoding of one more
+chunk; what each level saves is measured in bench/RESULTS.md, "delta depth"."""
+BASE_BUDGET_SHARE = 0.25
+"""Of the available memory, what copies of delta bases may occupy. A state that is a modest part of the memory fits; for
+a larger one the rest of the bases is read from the repository."""
+
 HashName = Literal["xxh3-128", "blake3"]
 Compression = Literal["auto", "lz4", "none"]
 HASH_NAMES: tuple[HashName, ...] = get_args(HashName)

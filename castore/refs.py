@@ -97,11 +97,13 @@ def create_tag(backend: Backend, name: str, snapshot_id: SnapshotId, *, now_ns: 
 
 def delete_ref_file(backend: Backend, file_name: str) -> bool:
     """Remove a ref file whatever it holds (a damaged one too); False when there was none."""
-    try:
-        data = backend.read(file_name, max_bytes=TEXT_FILE_BYTES_MAX)
-    except NotFoundError:
-        return False
-    return backend.compare_and_swap(file_name, expected=data, new=None)
+    while True:  # until nobody moves it between the look and the removal
+        try:
+            data = backend.read(file_name, max_bytes=TEXT_FILE_BYTES_MAX)
+        except NotFoundError:
+            return False
+        if backend.compare_and_swap(file_name, expected=data, new=None):
+            return True
 
 
 def check_free(backend: Backend, name: str, *, as_tag: bool) -> None:

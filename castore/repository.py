@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 
 from castore.backend.base import Backend
 from castore.backend.local import LocalBackend
@@ -26,6 +27,7 @@ from castore.errors import (
 from castore.format.config import Config, decode_config, encode_config
 from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
 from castore.hashing import Hasher, hasher_for
+from castore.host_memory import BaseMemory, BufferPool
 from castore.ids import SnapshotId
 from castore.index import Index, MemoryIndex, open_index
 from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
@@ -55,6 +57,7 @@ class Handle:
         self._pid = os.getpid()
         self._store: ChunkStore | None = None
         self._manifests: ManifestReader | None = None
+        self._bases: BaseMemory | None = None
         self._heads: dict[str, Head] = {}
 
     @property
@@ -75,28 +78,43 @@ class Handle:
                 self._manifests = ManifestReader(store)
             return self._manifests
 
+    @property
+    def bases(self) -> BaseMemory:
+        """Raw bytes kept in memory for the differences of the next save."""
+        with self._unshared_lock():
+            if self._bases is None:
+                self._bases = BaseMemory(BufferPool())
+            return self._bases
+
     def seen_head(self, branch: str) -> Head | None:
         """The head that this handle last saved, loaded or was given; None when it has not looked."""
         with self._unshared_lock():
             return self._heads.get(branch)
 
-    def note_head(self, branch: str, snapshot_id: SnapshotId | None) -> None:
-        """Remember a head: the next save to that branch expects it."""
+    def note_head(
+        self, branch: str, snapshot_id: SnapshotId | None, *, unless_noted_since: Head | EllipsisType | None = ...
+    ) -> None:
+        """Remember a head: the next save to that branch expects it.
+
+        With `unless_noted_since`, the head seen before this one was read, what another thread noted meanwhile stays: a
+        load beside a save must not take the handle back to the head before that save.
+        """
         with self._unshared_lock():
-            self._heads[branch] = Head(snapshot_id)
+            if unless_noted_since is ... or self._heads.get(branch) == unless_noted_since:
+                self._heads[branch] = Head(snapshot_id)
 
     def close(self) -> None:
         """Close files and the index. The handle opens them again when it is used again."""
         with self._unshared_lock():
             if self._store is not None:
                 self._store.close()
-                self._store = self._manifests = None
+                self._store = self._manifests = self._bases = None
 
     def _unshared_lock(self) -> threading.Lock:
         """The lock, after a forked child has let go of what it must not share (its parent's lock included)."""
         if self._pid != os.getpid():
             self._lock = threading.Lock()
-            self._store = self._manifests = None
+            self._store = self._manifests = self._bases = None
             self._pid = os.getpid()
         return self._lock
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from castore.backend.base import Backend
-from castore.errors import FormatError, NotFoundError, StorageError, UnknownRefError
+from castore.errors import FormatError, NotFoundError, StorageError, UnknownRefError, UsageError
 from castore.format.identity import entry_digest
 from castore.format.layout import SNAPSHOTS, parse_snapshot_name, snapshot_name
 from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
@@ -98,8 +98,14 @@ def make_snapshot(
 
 
 def write_record(backend: Backend, record: SnapshotRecord, hasher: Hasher) -> SnapshotId:
-    """Make the snapshot file durable; returns its id."""
+    """Make the snapshot file durable; returns its id. Raises UsageError when it would be too large to be read again."""
     snapshot_id, data = encode_snapshot(record, hasher)
+    if len(data) > SNAPSHOT_BYTES_MAX:
+        raise UsageError(
+            f"metadata: expected a snapshot file of at most {SNAPSHOT_BYTES_MAX} bytes, found {len(data)}; "
+            "save large values as part of the state"
+        )
+    decode_snapshot(data, where=snapshot_name(snapshot_id), expected_id=snapshot_id)
     if not backend.put_if_absent(snapshot_name(snapshot_id), data):
         raise StorageError(
             f"snapshot {snapshot_id} is there already; its nonce repeats, so this machine's randomness is broken"

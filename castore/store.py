@@ -58,8 +58,9 @@ class ChunkStore:
     def refresh(self) -> frozenset[PackId]:
         """List the packs and bring the index in line: add tables of new packs, forget those that are gone."""
         with self._lock:
-            listing = list_packs(self._backend)
+            # In this order: a pack that another process adds between the two looks must not be forgotten again.
             known = self._index.packs()
+            listing = list_packs(self._backend)
             self._index.forget(known - listing)
             self._add_tables(sorted(listing - known))
             self._listing = listing
@@ -175,20 +176,40 @@ class ChunkStore:
             if not verify:
                 check_stored(row, out, where=where)
         else:
-            stored = _stored_memory(row.stored_bytes)
+            base = self.read_base(row, where=where) if row.base_id is not None else None
+            stored = _memory(_STORED, row.stored_bytes)
             reader.read_into(row.offset, stored)
             check_stored(row, stored, where=where)
             try:
-                decode_chain(row.chain, stored, out)
+                decode_chain(row.chain, stored, out, base=base)
             except DamageError as error:
                 raise type(error)(f"{where}: {error}") from error
         if verify:
             found = self.hasher.digest(out)
             if found != row.chunk_id:
+                if row.base_id is not None:
+                    self.read_base(row, where=where, verify=True)  # raises when the base is to blame
                 raise ChecksumError(
-                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; run `castore "
-                    "verify --data`"
+                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; "
+                    "run `castore verify --data`"
                 )
+
+    def read_base(self, row: Row, *, where: str, verify: bool = False) -> memoryview:
+        """The raw bytes of a record's base, in memory of this thread, until the next record of that depth is read.
+
+        Only locations less deep than the record count, so that reading ends whatever the packs say. The base's own id
+        is not recomputed by default: the id of what rests on it vouches for both.
+        """
+        base_id = row.base_id
+        assert base_id is not None
+        out = _memory(row.depth, row.raw_bytes)
+        locations = self.locate([base_id])[base_id]
+        shallower = tuple(hit for hit in locations if hit.row.depth < row.depth)
+        try:
+            self._read_any(base_id, shallower, out, verify=verify)
+        except DamageError as error:
+            raise type(error)(f"{where}: its delta base cannot be read: {error}") from error
+        return out
 
     def close(self) -> None:
         """Close files and the index."""
@@ -212,20 +233,25 @@ def list_packs(backend: Backend) -> frozenset[PackId]:
     return frozenset(pack_id for pack_id in names if pack_id is not None)
 
 
-class _StoredMemory(threading.local):
-    """Memory for stored bytes, reused by each thread: fresh memory costs a page fault every 4 KiB."""
+_STORED = 0
+"""Key of the memory for stored bytes; that for a base has the depth, at least 1, of the record that rests on it."""
+
+
+class _ThreadMemory(threading.local):
+    """Memory reused by each thread: fresh memory costs a page fault every 4 KiB."""
 
     def __init__(self) -> None:
-        self.buffer = bytearray()
+        self.buffers: dict[int, bytearray] = {}
 
 
-_stored = _StoredMemory()
+_thread_memory = _ThreadMemory()
 
 
-def _stored_memory(length: int) -> memoryview:
-    if len(_stored.buffer) < length:
-        _stored.buffer = bytearray(length)
-    return memoryview(_stored.buffer)[:length]
+def _memory(key: int, length: int) -> memoryview:
+    buffer = _thread_memory.buffers.get(key)
+    if buffer is None or len(buffer) < length:
+        buffer = _thread_memory.buffers[key] = bytearray(length)
+    return memoryview(buffer)[:length]
 
 
 class _ReaderCache:

@@ -12,9 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # No deadline: the first example imports torch, and two shared cores stall.
-settings.register_profile(
-    "default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("default", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("CASTORE_TEST_PROFILE", "default"))
 

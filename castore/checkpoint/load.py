@@ -5,7 +5,8 @@ ref → snapshot file → manifest parts → choose → (compare with `into`) �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +75,8 @@ def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into:
     fetch.live(matched)
     values = fetch.fresh(matched.fresh)
     fetch.run(progress)
-    return assign(into, matched, values(), classes=request.classes, missing_classes=request.missing_classes)
+    with fetch.midway():
+        return assign(into, matched, values(), classes=request.classes, missing_classes=request.missing_classes)
 
 
 def read_leaf(
@@ -180,6 +182,7 @@ class _Fetch:
         self._snapshot_id = snapshot_id
         self._request = request
         self._wanted: list[_Wanted] = []
+        self._inline: list[tuple[Entry, Target]] = []
         self._finish: list[Target] = []
         self._live: set[str] = set()
         self._overwritten: dict[str, None] = {}
@@ -258,23 +261,31 @@ class _Fetch:
             if progress is not None:
                 progress(done_bytes, total_bytes)
 
-        try:
+        with self.midway():
             fetch_all(
                 self._handle.store, jobs, verify=self._request.verify, touched=self._note_touched, progress=advance
             )
+            for entry, target in self._inline:
+                # Inline bytes were verified with their manifest part.
+                self._note_touched(entry.path)
+                target.write(0, entry.inline or b"")
+            for target in self._finish:
+                target.finish()
+
+    @contextmanager
+    def midway(self) -> Iterator[None]:
+        """An error inside the block says which live leaves were overwritten before it, if any were."""
+        try:
+            yield
         except CastoreError as error:
             if self._overwritten:
                 raise self._partial(error) from error
             raise
-        for target in self._finish:
-            target.finish()
 
     def _fill(self, entry: Entry, target: Target) -> None:
         self._finish.append(target)
         if entry.inline is not None:
-            # Inline bytes were verified with their manifest part.
-            self._note_touched(entry.path)
-            target.write(0, entry.inline)
+            self._inline.append((entry, target))
         else:
             self._want(entry, target)
 

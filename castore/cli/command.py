@@ -122,9 +122,7 @@ def command(name: str, *, examples: str) -> Callable[[Callable[..., int | None]]
 
     def decorate(function: Callable[..., int | None]) -> click.Command:
         @click.pass_context
-        def wrapper(
-            context: click.Context, /, repo: str | None, as_json: bool, **arguments: Any
-        ) -> int | None:
+        def wrapper(context: click.Context, /, repo: str | None, as_json: bool, **arguments: Any) -> int | None:
             outer = context.find_object(App) or App(None, False)
             return function(App(repo or outer.repo, as_json or outer.as_json), **arguments)
 

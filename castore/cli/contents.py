@@ -108,11 +108,7 @@ def choose_leaves(snapshot: Snapshot, path: str | None) -> list[Leaf]:
     if chosen:
         return chosen
     near = difflib.get_close_matches(path, [leaf.path for leaf in leaves], n=_NEAR_MAX, cutoff=0.4)
-    advice = (
-        f"did you mean {', '.join(near)}?"
-        if near
-        else f"`castore show {snapshot.id[:ID_DIGITS]}` lists the paths"
-    )
+    advice = f"did you mean {', '.join(near)}?" if near else f"`castore show {snapshot.id[:ID_DIGITS]}` lists the paths"
     raise PathNotFoundError(f"snapshot {snapshot.id[:ID_DIGITS]} has no leaf {path!r}; {advice}", near)
 
 
@@ -167,8 +163,7 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
         "value": value_text(leaf.value) if leaf.has_value else "",
         "numbers": _summary_text(leaf.summary),
         "first": " ".join(
-            number(value) if isinstance(value, int | float) else str(value)
-            for value in leaf.summary.get("first", ())
+            number(value) if isinstance(value, int | float) else str(value) for value in leaf.summary.get("first", ())
         ),
         "problem": leaf.problem,
     }
@@ -183,9 +178,7 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
 def _summary_text(summary: Mapping[str, Any]) -> str:
     always = ("min", "max", "mean", "std")
     return " ".join(
-        f"{key}={number(value)}"
-        for key, value in summary.items()
-        if key in always or (key != "first" and value)
+        f"{key}={number(value)}" for key, value in summary.items() if key in always or (key != "first" and value)
     )
 
 
@@ -219,9 +212,7 @@ castore diff main --no-values         compare ids only: fast, needs neither nump
 )
 @click.argument("refs", nargs=-1, metavar="[A] [B]")
 @click.option("--stat", is_flag=True, help="Totals only.")
-@click.option(
-    "--values/--no-values", default=True, help="Read the changed leaves and compare their numbers (default)."
-)
+@click.option("--values/--no-values", default=True, help="Read the changed leaves and compare their numbers (default).")
 @click.option("-p", "--path", "paths", multiple=True, metavar="GLOB", help="Only leaves that match.")
 @click.option(
     "--sort",
@@ -263,9 +254,7 @@ def diff_command(
         fields = diff.to_json()
         rows = {row["path"]: row for row in fields.pop("leaves")}
         app.document(
-            fields
-            | {"totals": _totals(diff)}
-            | ({} if stat else {"leaves": [rows[leaf.path] for leaf in leaves]})
+            fields | {"totals": _totals(diff)} | ({} if stat else {"leaves": [rows[leaf.path] for leaf in leaves]})
         )
         return
     if leaves and not stat:
@@ -276,9 +265,7 @@ def diff_command(
 
 def _parent_of(snapshot: Snapshot) -> str:
     if not snapshot.parents:
-        raise UsageError(
-            f"snapshot {snapshot.id[:ID_DIGITS]} has no parent; name the two snapshots to compare"
-        )
+        raise UsageError(f"snapshot {snapshot.id[:ID_DIGITS]} has no parent; name the two snapshots to compare")
     return snapshot.parents[0]
 
 
@@ -318,9 +305,7 @@ def _diff_table(leaves: Sequence[LeafDiff], *, values: bool) -> Table:
             _SIGNS[leaf.status],
             leaf.path or "(root)",
             _change(leaf.dtype_a or leaf.kind, leaf.dtype_b or leaf.kind, leaf),
-            _change(shape_text(leaf.shape_a), shape_text(leaf.shape_b), leaf)
-            if leaf.dtype_a or leaf.dtype_b
-            else "",
+            _change(shape_text(leaf.shape_a), shape_text(leaf.shape_b), leaf) if leaf.dtype_a or leaf.dtype_b else "",
             size(leaf.raw_bytes_b if leaf.status != "removed" else leaf.raw_bytes_a),
             f"{leaf.chunks_changed}/{leaf.chunk_count}" if leaf.chunk_count else "-",
             number(leaf.max_abs),

@@ -79,14 +79,10 @@ castore save model.pt --meta lr=2e-5 --meta host=gpu1
 """,
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "-b", "--branch", default="main", show_default=True, help="The branch to continue; made if it is new."
-)
+@click.option("-b", "--branch", default="main", show_default=True, help="The branch to continue; made if it is new.")
 @click.option("--parent", metavar="REF", help="Continue from REF instead of the branch's newest snapshot.")
 @click.option("--step", type=int, help="Training step.")
-@click.option(
-    "--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="A number to choose snapshots by."
-)
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=NUMBER", help="A number to choose snapshots by.")
 @click.option("--meta", "metadata", multiple=True, metavar="NAME=VALUE", help="JSON, or else plain text.")
 @click.option("-m", "--message", default="", help="A remark.")
 @click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="Tag the snapshot.")
@@ -201,9 +197,7 @@ castore export main@1200 all.safetensors --tensors-only --separator /
     show_default=True,
     help="Joins the keys of nested values to a name in a .safetensors file.",
 )
-@click.option(
-    "--tensors-only", is_flag=True, help="Leave out what .safetensors cannot hold, instead of refusing."
-)
+@click.option("--tensors-only", is_flag=True, help="Leave out what .safetensors cannot hold, instead of refusing.")
 @click.option("--force", is_flag=True, help="Overwrite FILE.")
 @click.option(
     "--classes-as-dicts",
@@ -262,9 +256,7 @@ def check_leaves(leaves: Iterable[Leaf], globs: Sequence[str]) -> None:
     matches = [compile_glob(glob) for glob in globs]
     wanted = [leaf for leaf in leaves if not matches or any(match(leaf.path) for match in matches)]
     misfits = [f"{leaf.path} ({leaf.kind})" for leaf in wanted if leaf.kind not in _ARRAY_KINDS]
-    misfits += [
-        f"{leaf.path} (part of a sparse or quantized tensor)" for leaf in wanted if _is_part(leaf.path)
-    ]
+    misfits += [f"{leaf.path} (part of a sparse or quantized tensor)" for leaf in wanted if _is_part(leaf.path)]
     if misfits:
         raise UsageError(_misfits_text(misfits))
 
@@ -281,9 +273,7 @@ def name_tensors(state: Any, *, separator: str, leave_out: bool) -> dict[str, An
         if not _is_plain_array(value):
             misfits.append(f"{name} ({type(value).__name__})")
         elif not name:
-            raise UsageError(
-                "the state is one tensor without a name, which .safetensors cannot hold; export to .pt"
-            )
+            raise UsageError("the state is one tensor without a name, which .safetensors cannot hold; export to .pt")
         elif name in tensors:
             raise UsageError(
                 f"two leaves would both be called {name!r}; choose the other --separator, or export to .pt"

@@ -44,18 +44,16 @@ SUFFIXES: Mapping[str, FileFormat] = {
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _CRC_READ_BYTES = 1024 * 1024
-_FORBIDDEN_GLOBAL = re.compile(
-    r"(?:Unsupported global: GLOBAL|Unsupported class|Trying to instantiate a class) ([\w.]+)"
-)
+_FORBIDDEN_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)")
+_BOILERPLATE = re.compile(r"Weights only load failed|\(\d\)|Check the documentation|Please")
+"""Lines of torch's messages that say nothing about the file."""
 
 
 def format_of(path: Path) -> FileFormat:
     """The format that the file's name ends in. Raises UsageError."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise UsageError(
-            f"{path}: unknown kind of file {suffix!r}; castore reads and writes {', '.join(SUFFIXES)}"
-        )
+        raise UsageError(f"{path}: unknown kind of file {suffix!r}; castore reads and writes {', '.join(SUFFIXES)}")
     return SUFFIXES[suffix]
 
 
@@ -126,17 +124,22 @@ def _read_pt(path: Path, *, allow_pickle: bool) -> Any:
         raise
     except Exception as error:
         text = str(error)
-        refused = _FORBIDDEN_GLOBAL.search(text)
-        if refused:
+        doubt = "" if archive else " (unless it is cut short)"
+        if refused := _FORBIDDEN_GLOBAL.search(text):
             raise PickleRefusedError(
-                f"{path} holds a {refused.group(1)}, not only tensors and plain values; reading that can run "
+                f"{path} holds a {refused.group(1)}{doubt}, not only tensors and plain values; reading that can run "
                 "any code of whoever wrote the file: give --allow-pickle if you trust them"
             ) from error
         if isinstance(error, ImportError | AttributeError):
-            raise FormatError(f"{path} needs a class that is not here: {text}") from error
-        what = "" if archive else "not a file of torch.save, or cut short: "
-        reason = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise FormatError(f"{path}: {what}torch cannot read it: {reason[:160]}") from error
+            raise FormatError(f"{path} needs a class that is not here{doubt}: {text}") from error
+        what = "torch cannot read it" if archive else "not a file of torch.save, or cut short"
+        raise FormatError(f"{path}: {what} ({type(error).__name__}: {_reason(text)})") from error
+
+
+def _reason(text: str) -> str:
+    """The line of one of torch's messages that says something, without what it says each time."""
+    lines = (line.strip() for line in text.splitlines())
+    return next((line[:160] for line in lines if line and not _BOILERPLATE.match(line)), "no reason given")
 
 
 def _check_archive(path: Path) -> bool:
@@ -181,9 +184,7 @@ def write_pt(path: Path, state: Any, *, force: bool) -> None:
         torch.save(state, file)
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, force: bool
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, force: bool) -> None:
     """Write tensors or arrays by name. Raises UsageError for a type of element that the format lacks."""
     described = [(name, _code(name, tensor), tuple(tensor.shape)) for name, tensor in tensors.items()]
     head, places = safetensors.encode_header(described, metadata)
@@ -202,9 +203,7 @@ def element_name(tensor: Any) -> str:
 def _code(name: str, tensor: Any) -> str:
     code = safetensors.CODES.get(element_name(tensor))
     if code is None:
-        raise UsageError(
-            f"{name!r}: .safetensors has no element type {element_name(tensor)}; export to .pt instead"
-        )
+        raise UsageError(f"{name!r}: .safetensors has no element type {element_name(tensor)}; export to .pt instead")
     return code
 
 

@@ -79,9 +79,7 @@ def _new_lane(lanes: list[str | None], expected: str) -> int:
 
 
 def _lanes(lanes: Sequence[str | None], *, mark: int | None = None) -> str:
-    return " ".join(
-        "*" if lane == mark else "|" if expected else " " for lane, expected in enumerate(lanes)
-    ).rstrip()
+    return " ".join("*" if lane == mark else "|" if expected else " " for lane, expected in enumerate(lanes)).rstrip()
 
 
 def _join(lanes: Sequence[str | None], target: int, source: int) -> str:

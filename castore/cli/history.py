@@ -21,12 +21,13 @@ from castore.errors import DamageError, FormatError, UnknownRefError, UsageError
 from castore.format.layout import BRANCHES, TAGS, decode_ref_name
 from castore.ids import SnapshotId
 from castore.refs import Ref, read_branch, read_tag, resolve
-from castore.snapshots import Snapshot, list_snapshot_ids
+from castore.snapshots import Snapshot, list_snapshot_ids, make_snapshot, read_record
 
 if TYPE_CHECKING:
     from castore.api import Repository
 
 RefKind = Literal["branch", "tag"]
+_NOWHERE: dict[str, list[str]] = {"branches": [], "tags": []}
 _PLURALS: dict[RefKind, str] = {"branch": "branches", "tag": "tags"}
 
 
@@ -38,18 +39,21 @@ class Refs:
     tags: list[Ref] = field(default_factory=list)
     damaged: dict[str, str] = field(default_factory=dict)
     """File name → what is wrong."""
+    at: dict[SnapshotId, dict[str, list[str]]] = field(default_factory=dict)
+    """Snapshot → {"branches": names, "tags": names}: a log asks for it on every line."""
 
     def names_of(self, snapshot_id: SnapshotId) -> list[str]:
         """What decorates a snapshot: branches, then "tag: NAME"."""
-        names = [ref.name for ref in self.branches if ref.snapshot_id == snapshot_id]
-        return names + [f"tag: {ref.name}" for ref in self.tags if ref.snapshot_id == snapshot_id]
+        here = self.at.get(snapshot_id, _NOWHERE)
+        return here["branches"] + [f"tag: {name}" for name in here["tags"]]
 
 
 def read_refs(repository: Repository) -> Refs:
     """All branches and tags, by name; damage is noted and not raised."""
     refs = Refs()
     backend = repository.handle.backend
-    for prefix, found, read in ((BRANCHES, refs.branches, read_branch), (TAGS, refs.tags, read_tag)):
+    kinds = (("branches", BRANCHES, refs.branches, read_branch), ("tags", TAGS, refs.tags, read_tag))
+    for kind, prefix, found, read in kinds:
         for info in backend.list(prefix):
             try:
                 name = decode_ref_name(info.name.removeprefix(prefix))
@@ -59,6 +63,7 @@ def read_refs(repository: Repository) -> Refs:
                 continue
             if snapshot_id is not None:
                 found.append(Ref(name, snapshot_id, info.modified_ns))
+                refs.at.setdefault(snapshot_id, {"branches": [], "tags": []})[kind].append(name)
     return refs
 
 
@@ -92,9 +97,7 @@ castore log --json | jq -r '.snapshots[].id'
 @click.argument("ref", required=False)
 @click.option("--all", "-a", "everything", is_flag=True, help="All branches and tags, as a graph.")
 @click.option("--orphans", is_flag=True, help="Only snapshots that no ref reaches; with --all, those too.")
-@click.option(
-    "-n", "--limit", type=click.IntRange(min=1), metavar="COUNT", help="Show at most COUNT snapshots."
-)
+@click.option("-n", "--limit", type=click.IntRange(min=1), metavar="COUNT", help="Show at most COUNT snapshots.")
 def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limit: int | None) -> int | None:
     """List snapshots, newest first, from REF (default: main) along first parents.
 
@@ -110,7 +113,7 @@ def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limi
             chosen = (reached if everything else {}) | (unreached if orphans else {})
             entries = iter(_ordered(chosen))
         else:
-            entries = _line_of(repository, resolve(repository.handle.backend, ref or "main"))
+            entries = _line_of(repository, resolve(repository.handle.backend, "main" if ref is None else ref))
         if app.as_json:
             return _log_json(app, entries, refs, limit)
         for name, problem in refs.damaged.items():
@@ -127,12 +130,7 @@ def _log_json(app: App, entries: Iterator[LogEntry], refs: Refs, limit: int | No
         if entry.snapshot is not None:
             if len(snapshots) == limit:
                 break
-            names = {"branches": refs.branches, "tags": refs.tags}
-            at = {
-                kind: [ref.name for ref in found if ref.snapshot_id == entry.id]
-                for kind, found in names.items()
-            }
-            snapshots.append(snapshot_fields(entry.snapshot) | {"refs": at})
+            snapshots.append(snapshot_fields(entry.snapshot) | {"refs": refs.at.get(entry.id, _NOWHERE)})
         elif entry.damage:
             damaged[entry.id] = entry.damage
         else:
@@ -222,7 +220,9 @@ def _node(entry: LogEntry) -> Node:
 
 def _read(repository: Repository, snapshot_id: SnapshotId) -> LogEntry:
     try:
-        return LogEntry(snapshot_id, repository.snapshot(snapshot_id))
+        # Not repository.snapshot(id): an id that is looked up as a ref lists all snapshots.
+        record = read_record(repository.handle.backend, snapshot_id)
+        return LogEntry(snapshot_id, make_snapshot(snapshot_id, record, lambda _: ()))
     except UnknownRefError:
         return LogEntry(snapshot_id, None)
     except DamageError as error:
@@ -243,9 +243,7 @@ castore branch --delete exp/lr
 )
 @click.argument("name", required=False)
 @click.argument("ref", required=False)
-@click.option(
-    "-d", "--delete", is_flag=True, help="Delete branch NAME; its snapshots stay as orphans for a while."
-)
+@click.option("-d", "--delete", is_flag=True, help="Delete branch NAME; its snapshots stay as orphans for a while.")
 @click.option("--move", is_flag=True, help="Move branch NAME, which may exist, to REF.")
 def branch_command(app: App, name: str | None, ref: str | None, delete: bool, move: bool) -> int | None:
     """List branches, or make branch NAME at REF (default: main)."""
@@ -262,7 +260,7 @@ def branch_command(app: App, name: str | None, ref: str | None, delete: bool, mo
             repository.delete_branch(name)
             _deleted(app, "branch", name)
         else:
-            _made(app, "branch", repository.branch(name, at=ref or "main", move=move))
+            _made(app, "branch", repository.branch(name, at="main" if ref is None else ref, move=move))
     return None
 
 
@@ -291,7 +289,7 @@ def tag_command(app: App, name: str | None, ref: str | None, delete: bool) -> in
             repository.delete_tag(name)
             _deleted(app, "tag", name)
         else:
-            _made(app, "tag", repository.tag(name, at=ref or "main"))
+            _made(app, "tag", repository.tag(name, at="main" if ref is None else ref))
     return None
 
 

@@ -270,9 +270,7 @@ class _Numbers:
 
         self.count += block.size
         self.zeros += int(block.size - np.count_nonzero(block))
-        self.first += (
-            block[: FIRST_VALUES_MAX - len(self.first)].tolist() if len(self.first) < FIRST_VALUES_MAX else []
-        )
+        self.first += block[: FIRST_VALUES_MAX - len(self.first)].tolist() if len(self.first) < FIRST_VALUES_MAX else []
         if block.dtype.kind in "fc":
             self.nan += int(np.isnan(block).sum())
             self.inf += int(np.isinf(block).sum())
@@ -291,13 +289,5 @@ class _Numbers:
 
 def value_text(value: Any) -> str:
     """A value for people, cut when it is very long."""
-    text = (
-        repr(value)
-        if not isinstance(value, list | tuple) or len(value) <= 1000
-        else repr(list(islice(value, 1000)))
-    )
-    return (
-        text
-        if len(text) <= VALUE_CHARACTERS_MAX
-        else f"{text[:VALUE_CHARACTERS_MAX]}… ({len(text)} characters)"
-    )
+    text = repr(value) if not isinstance(value, list | tuple) or len(value) <= 1000 else repr(list(islice(value, 1000)))
+    return text if len(text) <= VALUE_CHARACTERS_MAX else f"{text[:VALUE_CHARACTERS_MAX]}… ({len(text)} characters)"

@@ -66,9 +66,15 @@ class CommandGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            if ctx.resilient_parsing:
+                return None
+            import difflib
+
+            near = difflib.get_close_matches(cmd_name, COMMANDS, n=2)
+            advice = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(COMMANDS)}"
+            ctx.fail(f"no command is called {cmd_name!r}; {advice}")
         module = import_module(f"castore.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
@@ -173,6 +179,7 @@ def _close_stdout() -> int:
     cls=CommandGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EPILOG,
+    invoke_without_command=True,
 )
 @click.version_option(__version__, "--version", prog_name="castore", message="%(prog)s %(version)s")
 @shared_options
@@ -180,6 +187,11 @@ def _close_stdout() -> int:
 def cli(context: click.Context, repo: str | None, as_json: bool) -> None:
     """Git for training state: checkpoints as a history that costs what changed."""
     context.obj = App(repo=repo, as_json=as_json)
+    if context.invoked_subcommand is None:
+        if as_json:
+            context.fail("give a command")
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 def main() -> NoReturn:

@@ -135,7 +135,7 @@ class Table:
 def draw_table(table: Table, stream: TextIO) -> None:
     """By rich on a terminal; else in plain columns, two spaces apart, never cut."""
     if stream.isatty():
-        _draw_rich(table)
+        _draw_rich(table, stream)
     else:
         stream.write(plain_table(table))
 
@@ -155,7 +155,7 @@ def plain_table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw_rich(table: Table) -> None:
+def _draw_rich(table: Table, stream: TextIO) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
@@ -169,7 +169,7 @@ def _draw_rich(table: Table) -> None:
         )
     for row in table.rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    Console().print(drawn)
+    Console(file=stream).print(drawn)
 
 
 class ProgressBar:

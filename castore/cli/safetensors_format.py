@@ -44,7 +44,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "I64": ("int64", 8),
     "U64": ("uint64", 8),
 }
-"""Code → torch's name, bytes of one element. Types of less than a byte (F4, F6) are not read."""
+"""Code → torch's name, bytes of one element, in the order of the reference implementation, which is the order in which
+data is written, last first. Types of less than a byte (F4, F6) are not read."""
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 
 
@@ -100,9 +101,7 @@ def decode_header(text: bytes, *, file_bytes: int, where: str) -> Header:
     end = 0
     for place in places:
         if place.start != end:
-            raise FormatError(
-                f"{where}: tensor {place.name!r}: expected its data at {end}, found {place.start}"
-            )
+            raise FormatError(f"{where}: tensor {place.name!r}: expected its data at {end}, found {place.start}")
         end = place.stop
     if data_offset + end != file_bytes:
         raise FormatError(
@@ -123,17 +122,13 @@ def _place(name: str, value: Any, where: str) -> TensorPlace:
     try:
         code, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise FormatError(
-            f"{where}: expected dtype, shape and two data_offsets, found {str(value)[:80]}"
-        ) from error
+        raise FormatError(f"{where}: expected dtype, shape and two data_offsets, found {str(value)[:80]}") from error
     if not isinstance(shape, list) or not all(_is_count(number) for number in (*shape, start, stop)):
         raise FormatError(
             f"{where}: expected whole numbers, found shape {str(shape)[:80]} at {start!r:.20}..{stop!r:.20}"
         )
-    if code not in DTYPES:
-        raise FormatError(
-            f"{where}: dtype {str(code)[:20]!r} is unknown to this castore; it reads {', '.join(DTYPES)}"
-        )
+    if not isinstance(code, str) or code not in DTYPES:
+        raise FormatError(f"{where}: dtype {str(code)[:20]!r} is unknown to this castore; it reads {', '.join(DTYPES)}")
     expected = math.prod(shape) * DTYPES[code][1]
     if stop - start != expected:
         raise FormatError(f"{where}: {code} {shape}: expected {expected} bytes, found {stop - start}")
@@ -154,7 +149,8 @@ def encode_header(
     """
     places: list[TensorPlace] = []
     end = 0
-    for name, code, shape in sorted(tensors, key=lambda tensor: (-DTYPES[tensor[1]][1], tensor[0])):
+    rank = {code: index for index, code in enumerate(DTYPES)}
+    for name, code, shape in sorted(tensors, key=lambda tensor: (-rank[tensor[1]], tensor[0])):
         start, end = end, end + math.prod(shape) * DTYPES[code][1]
         places.append(TensorPlace(name, code, tuple(shape), start, end))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

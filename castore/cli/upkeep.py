@@ -56,31 +56,19 @@ def _draw_report(app: App, report: VerifyReport) -> None:
         app.line(f"note: {clean(note)}")
     if report.orphans:
         app.line(f"note: {plural(len(report.orphans), 'orphan')}; `castore log --orphans` lists them")
-    checked = (
-        f"{size(report.checked_bytes)} read"
-        if report.with_data
-        else "structure only; --data reads every byte"
-    )
+    checked = f"{size(report.checked_bytes)} read" if report.with_data else "structure only; --data reads every byte"
     numbers = {"snapshot": report.snapshot_count, "pack": report.pack_count, "chunk": report.chunk_count}
     counts = ", ".join(plural(count, noun) for noun, count in numbers.items())
-    verdict = (
-        app.style("ok", fg="green")
-        if report.ok
-        else app.style(plural(len(report.problems), "problem"), fg="red")
-    )
+    verdict = app.style("ok", fg="green") if report.ok else app.style(plural(len(report.problems), "problem"), fg="red")
     app.line(f"{verdict}: {counts} ({checked})")
 
 
 def _draw_problem(app: App, problem: Problem) -> None:
-    app.line(
-        f"{app.style('damaged', fg='red')} {problem.kind} {clean(problem.where)}: {clean(problem.message)}"
-    )
+    app.line(f"{app.style('damaged', fg='red')} {problem.kind} {clean(problem.where)}: {clean(problem.message)}")
     if problem.snapshots:
         touched = ", ".join(snapshot_id[:ID_DIGITS] for snapshot_id in problem.snapshots[:_LEAVES_SHOWN_MAX])
         more = len(problem.snapshots) - _LEAVES_SHOWN_MAX
-        app.line(
-            f"  touches {touched}{f' and {more} more' if more > 0 else ''}: {_leaves_text(problem.leaves)}"
-        )
+        app.line(f"  touches {touched}{f' and {more} more' if more > 0 else ''}: {_leaves_text(problem.leaves)}")
 
 
 def _leaves_text(leaves: tuple[str, ...]) -> str:
@@ -139,9 +127,7 @@ def _draw_usage(app: App, usage: Usage) -> None:
     app.line(f"{plural(usage.pack_count, 'pack')}: {size(usage.pack_bytes)} ({parts})")
     app.line(f"snapshot files: {size(usage.snapshot_bytes)}, index: {size(usage.cache_bytes)}")
     raw = (
-        f"; {plural(len(usage.snapshots), 'snapshot')} of {size(usage.raw_bytes)} raw in all"
-        if usage.snapshots
-        else ""
+        f"; {plural(len(usage.snapshots), 'snapshot')} of {size(usage.raw_bytes)} raw in all" if usage.snapshots else ""
     )
     app.line(f"total: {size(usage.total_bytes)}{raw} ({share(usage.total_bytes, usage.raw_bytes)})")
     for problem in usage.unreadable:
@@ -245,9 +231,7 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 # ---- reindex -----------------------------------------------------------------------------------------------
 
 
-@command(
-    "reindex", examples="castore reindex     after a copy, or when the cache folder was deleted or is damaged"
-)
+@command("reindex", examples="castore reindex     after a copy, or when the cache folder was deleted or is damaged")
 def reindex_command(app: App) -> int | None:
     """Build the index again from the packs.
 

@@ -3,14 +3,25 @@
  * The same functions exist in numpy (transform.py), which is used where no compiler was at hand; a test compares the two bit for
  * bit. A pass in C runs at the speed of memory, numpy needs one pass for each step.
  *
- *     split(raw, base or None, planes, kept or None, width, rotate) -> number of elements kept
- *     merge(planes, kept or None, base or None, out, width, rotate)
+ *     split(raw, base or None, planes, kept or None, width, mode, alpha) -> number of elements kept
+ *     merge(planes, kept or None, base or None, out, width, mode, alpha)
  *
- * `split` writes plane k (0 is the least significant byte of each element) to planes[k * items] and on. Without a base an
- * element is rotated left by one bit when `rotate` is true. With a base it becomes zigzag(element - base), both taken as
- * integers that wrap around; `rotate` is ignored then. Where `kept` is given, groups of 32 elements that are all zero
- * after that are left out; bit i of `kept` (least significant bit of a byte first) tells that group i was kept.
- * `merge` takes a tuple of `width` planes and undoes all of it.
+ * `split` changes each element by the mode and writes plane k (0 is the least significant byte of the changed elements) to
+ * planes[k * items] and on. Elements are unsigned integers that wrap around:
+ *
+ *     mode  0  as they are
+ *           1  rotated left by one bit
+ *           2  zigzag(element - base)
+ *           3  element ^ base
+ *           4  zigzag(element - prediction), width 4 only; the prediction is the float32 product alpha * base, rounded to
+ *              nearest even, where the exponent field of base is in 8..246, and the base itself elsewhere. With
+ *              0.5 <= alpha <= 2 neither factor nor product is then subnormal or infinite, so that no flush-to-zero
+ *              setting and no processor's NaN can change it.
+ *
+ * zigzag(d) = (d << 1) ^ (d >> (bits - 1)), the shift to the right being arithmetic: small differences of either sign get
+ * small codes. Modes 2 to 4 need a base. Where `kept` is given, groups of 32 elements that are all zero after the change
+ * are left out; bit i of `kept` (least significant bit of a byte first) tells that group i was kept. `merge` takes a tuple
+ * of `width` planes and undoes all of it.
  *
  * All buffers are contiguous bytes; lengths are checked here, once, before the GIL is released. Little-endian machines only:
  * elsewhere the build stops and numpy is used.
@@ -40,34 +51,34 @@
 /* Elements are handled in blocks that stay in the first-level cache; memcpy makes unaligned buffers legal. */
 #define BLOCK 1024
 
+enum mode { PLAIN, ROTATE, DIFFERENCE, XOR, SCALED };
+
 #define DEFINE_WIDTH(W, U, S)                                                                                          \
-    FAST static void transform_##W(const uint8_t *raw, const uint8_t *base, U *block, Py_ssize_t count, int rotate)    \
+    FAST static void transform_##W(const uint8_t *raw, const U *other, U *block, Py_ssize_t count, int mode)           \
     {                                                                                                                  \
         memcpy(block, raw, count * sizeof(U));                                                                         \
-        if (base != NULL) {                                                                                            \
-            U other[BLOCK];                                                                                            \
-            memcpy(other, base, count * sizeof(U));                                                                    \
+        if (mode == ROTATE) {                                                                                          \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] = ROTATE_LEFT(U, block[i]);                                \
+        } else if (mode == XOR) {                                                                                      \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] ^= other[i];                                               \
+        } else if (mode != PLAIN) {                                                                                    \
             for (Py_ssize_t i = 0; i < count; i++) {                                                                   \
                 U d = (U)(block[i] - other[i]);                                                                        \
                 block[i] = ZIGZAG(U, S, d);                                                                            \
             }                                                                                                          \
-        } else if (rotate) {                                                                                           \
-            for (Py_ssize_t i = 0; i < count; i++)                                                                     \
-                block[i] = ROTATE_LEFT(U, block[i]);                                                                   \
         }                                                                                                              \
     }                                                                                                                  \
-    FAST static void untransform_##W(U *block, const uint8_t *base, uint8_t *out, Py_ssize_t count, int rotate)        \
+    FAST static void untransform_##W(U *block, const U *other, uint8_t *out, Py_ssize_t count, int mode)               \
     {                                                                                                                  \
-        if (base != NULL) {                                                                                            \
-            U other[BLOCK];                                                                                            \
-            memcpy(other, base, count * sizeof(U));                                                                    \
+        if (mode == ROTATE) {                                                                                          \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] = ROTATE_RIGHT(U, block[i]);                               \
+        } else if (mode == XOR) {                                                                                      \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] ^= other[i];                                               \
+        } else if (mode != PLAIN) {                                                                                    \
             for (Py_ssize_t i = 0; i < count; i++) {                                                                   \
                 U z = block[i];                                                                                        \
                 block[i] = (U)(UNZIGZAG(U, z) + other[i]);                                                             \
             }                                                                                                          \
-        } else if (rotate) {                                                                                           \
-            for (Py_ssize_t i = 0; i < count; i++)                                                                     \
-                block[i] = ROTATE_RIGHT(U, block[i]);                                                                  \
         }                                                                                                              \
         memcpy(out, block, count * sizeof(U));                                                                         \
     }
@@ -76,6 +87,25 @@ DEFINE_WIDTH(1, uint8_t, int8_t)
 DEFINE_WIDTH(2, uint16_t, int16_t)
 DEFINE_WIDTH(4, uint32_t, int32_t)
 DEFINE_WIDTH(8, uint64_t, int64_t)
+
+/* The base itself, or in mode SCALED what it predicts: see the head of this file. */
+FAST static void predict(const uint8_t *base, void *other, Py_ssize_t count, int width, int mode, float alpha)
+{
+    if (base == NULL) return;
+    memcpy(other, base, count * width);
+    if (mode != SCALED) return;
+    uint32_t *bits = other;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        uint32_t exponent = bits[i] >> 23 & 255, scaled;
+        /* A safe factor keeps the multiplication free of subnormals even where its result is not used. */
+        uint32_t safe = exponent - 8 <= 238 ? bits[i] : 0x3f800000u;
+        float product;
+        memcpy(&product, &safe, 4);
+        product *= alpha;
+        memcpy(&scaled, &product, 4);
+        bits[i] = exponent - 8 <= 238 ? scaled : bits[i];
+    }
+}
 
 FAST static void scatter_2(const uint16_t *block, uint8_t *p0, uint8_t *p1, Py_ssize_t count)
 {
@@ -173,20 +203,21 @@ static Py_ssize_t count_kept(const uint8_t *kept, Py_ssize_t start, Py_ssize_t c
 
 #define SPLIT_BLOCK(W, U, SCATTER)                                                                                     \
     {                                                                                                                  \
-        U block[BLOCK];                                                                                                \
-        transform_##W(raw + start * W, other, block, count, rotate);                                                   \
+        U block[BLOCK], other[BLOCK];                                                                                  \
+        predict(from, other, count, W, mode, alpha);                                                                   \
+        transform_##W(raw + start * W, other, block, count, mode);                                                     \
         if (kept) count = compact_##W(block, count, kept, start / GROUP);                                              \
         SCATTER;                                                                                                       \
     }
 
 static Py_ssize_t split_all(const uint8_t *raw, const uint8_t *base, uint8_t *planes, uint8_t *kept, Py_ssize_t items,
-                            int width, int rotate)
+                            int width, int mode, float alpha)
 {
     Py_ssize_t done = 0;
     if (kept) memset(kept, 0, (GROUPS_OF(items) + 7) / 8);
     for (Py_ssize_t start = 0; start < items; start += BLOCK) {
         Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
-        const uint8_t *other = base ? base + start * width : NULL;
+        const uint8_t *from = base ? base + start * width : NULL;
         uint8_t *p = planes + done;
         if (width == 1) SPLIT_BLOCK(1, uint8_t, memcpy(p, block, count))
         else if (width == 2) SPLIT_BLOCK(2, uint16_t, scatter_2(block, p, p + items, count))
@@ -199,20 +230,21 @@ static Py_ssize_t split_all(const uint8_t *raw, const uint8_t *base, uint8_t *pl
 
 #define MERGE_BLOCK(W, U, GATHER)                                                                                      \
     {                                                                                                                  \
-        U block[BLOCK];                                                                                                \
+        U block[BLOCK], other[BLOCK];                                                                                  \
         GATHER;                                                                                                        \
         if (kept) expand_##W(block, left, count, kept, start / GROUP);                                                 \
-        untransform_##W(block, other, to, count, rotate);                                                              \
+        predict(from, other, count, W, mode, alpha);                                                                   \
+        untransform_##W(block, other, to, count, mode);                                                                \
     }
 
 static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
-                      Py_ssize_t items, int width, int rotate)
+                      Py_ssize_t items, int width, int mode, float alpha)
 {
     Py_ssize_t done = 0;
     for (Py_ssize_t start = 0; start < items; start += BLOCK) {
         Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
         Py_ssize_t left = kept ? count_kept(kept, start, count) : count;
-        const uint8_t *other = base ? base + start * width : NULL;
+        const uint8_t *from = base ? base + start * width : NULL;
         uint8_t *to = out + start * width;
         if (width == 1) MERGE_BLOCK(1, uint8_t, memcpy(block, planes[0] + done, left))
         else if (width == 2) MERGE_BLOCK(2, uint16_t, gather_2(planes[0] + done, planes[1] + done, block, left))
@@ -224,10 +256,18 @@ static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const u
     }
 }
 
-static int width_is_valid(int width)
+static int arguments_are_valid(int width, int mode, float alpha, PyObject *base)
 {
-    if (width == 1 || width == 2 || width == 4 || width == 8) return 1;
-    PyErr_Format(PyExc_ValueError, "width must be 1, 2, 4 or 8, not %d", width);
+    if (width != 1 && width != 2 && width != 4 && width != 8)
+        PyErr_Format(PyExc_ValueError, "width must be 1, 2, 4 or 8, not %d", width);
+    else if (mode < PLAIN || mode > SCALED || (mode == SCALED && width != 4))
+        PyErr_Format(PyExc_ValueError, "mode %d does not exist for width %d", mode, width);
+    else if (mode >= DIFFERENCE && base == Py_None)
+        PyErr_Format(PyExc_ValueError, "mode %d needs a base", mode);
+    else if (mode == SCALED && !(alpha >= 0.5f && alpha <= 2.0f))
+        PyErr_SetString(PyExc_ValueError, "alpha must be between 0.5 and 2");
+    else
+        return 1;
     return 0;
 }
 
@@ -257,12 +297,14 @@ static PyObject *kernel_split(PyObject *module, PyObject *args)
 {
     Py_buffer raw, planes, base, kept;
     PyObject *base_object, *kept_object, *result = NULL;
-    int width, rotate;
+    int width, mode;
+    float alpha;
     Py_ssize_t done;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*Ow*Oip", &raw, &base_object, &planes, &kept_object, &width, &rotate)) return NULL;
+    if (!PyArg_ParseTuple(args, "y*Ow*Oiif", &raw, &base_object, &planes, &kept_object, &width, &mode, &alpha))
+        return NULL;
     base.obj = kept.obj = NULL;
-    if (!width_is_valid(width)) goto done;
+    if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
     Py_ssize_t items = raw.len / width;
     if (planes.len < items * width) {
         PyErr_SetString(PyExc_ValueError, "the planes are shorter than the elements");
@@ -271,7 +313,8 @@ static PyObject *kernel_split(PyObject *module, PyObject *args)
     if (get_optional(base_object, &base, PyBUF_SIMPLE, items * width) < 0) goto done;
     if (get_optional(kept_object, &kept, PyBUF_WRITABLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
-    done = split_all(raw.buf, base.obj ? base.buf : NULL, planes.buf, kept.obj ? kept.buf : NULL, items, width, rotate);
+    done = split_all(raw.buf, base.obj ? base.buf : NULL, planes.buf, kept.obj ? kept.buf : NULL, items, width, mode,
+                     alpha);
     Py_END_ALLOW_THREADS
     result = PyLong_FromSsize_t(done);
 done:
@@ -287,12 +330,14 @@ static PyObject *kernel_merge(PyObject *module, PyObject *args)
     Py_buffer out, base, kept, views[8];
     const uint8_t *planes[8];
     PyObject *tuple, *base_object, *kept_object, *result = NULL;
-    int width, rotate, held = 0;
+    int width, mode, held = 0;
+    float alpha;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOw*ip", &PyTuple_Type, &tuple, &kept_object, &base_object, &out, &width, &rotate))
+    if (!PyArg_ParseTuple(args, "O!OOw*iif", &PyTuple_Type, &tuple, &kept_object, &base_object, &out, &width, &mode,
+                          &alpha))
         return NULL;
     base.obj = kept.obj = NULL;
-    if (!width_is_valid(width)) goto done;
+    if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
     if (PyTuple_Size(tuple) != width) {
         PyErr_SetString(PyExc_ValueError, "one plane is needed for each byte of the width");
         goto done;
@@ -311,7 +356,7 @@ static PyObject *kernel_merge(PyObject *module, PyObject *args)
         planes[held] = views[held].buf;
     }
     Py_BEGIN_ALLOW_THREADS
-    merge_all(planes, kept.obj ? kept.buf : NULL, base.obj ? base.buf : NULL, out.buf, items, width, rotate);
+    merge_all(planes, kept.obj ? kept.buf : NULL, base.obj ? base.buf : NULL, out.buf, items, width, mode, alpha);
     Py_END_ALLOW_THREADS
     result = Py_None;
     Py_INCREF(result);
@@ -324,8 +369,8 @@ done:
 }
 
 static PyMethodDef methods[] = {
-    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, rotate): elements to planes"},
-    {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, rotate): planes to elements"},
+    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
+    {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha): planes to elements"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,17 +1,22 @@
 """Which codec a chunk gets: decided by its content, never by its name, from a sample before the work is spent.
 
-auto   constant → planes (floats and integers wider than a byte) or zstd (bytes), raw where nothing is gained
-lz4    constant → lz4, raw where nothing is gained
+auto   constant → delta where there is a base → planes (floats and wide integers) or zstd (bytes, repeating integers)
+lz4    constant → lz4
 none   raw always: such chunks form runs that can be mapped
+
+Raw where nothing is gained.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from castore.codec.base import PLAIN, Elements
-from castore.codec.registry import codec_numbered, decode_chain
+from castore.codec.delta import choose, encode_delta
+from castore.codec.registry import DELTA, chain_name, codec_numbered, decode_chain
+from castore.codec.transform import BASE_MODES
 from castore.errors import CodecError
 from castore.format.pack import Chain
 from castore.hashing import Hasher
@@ -20,6 +25,7 @@ from castore.options import Compression
 
 _CONSTANT, _LZ4, _ZSTD, _PLANES = 4, 1, 2, 3
 _SAMPLE_BYTES = 16 * 1024
+_REPEATS_SHARE = 0.5
 _WORTH_SHARE = 0.97
 """A codec must bring a sample below this share; less is not worth decoding on every load."""
 
@@ -41,10 +47,17 @@ class Encoded:
     chain: Chain
     payload: Buffer
     """The caller's own buffer when the chain is empty."""
+    rests_on_base: bool = False
 
 
 def encode_chunk(
-    raw: Buffer, elements: Elements, compression: Compression, *, chunk_id: ChunkId, hasher: Hasher
+    raw: Buffer,
+    elements: Elements,
+    compression: Compression,
+    *,
+    chunk_id: ChunkId,
+    hasher: Hasher,
+    base: Buffer | None = None,
 ) -> Encoded:
     """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
     Thread-safe.
@@ -52,24 +65,47 @@ def encode_chunk(
     Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at
     fault.
     """
-    for number in _candidates(raw, elements, compression):
-        payload = codec_numbered(number).encode(raw, elements)
-        if payload is not None:
-            _prove(number, payload, len(raw), chunk_id, hasher)
-            return Encoded((number,), payload)
+    for encoded in _attempts(raw, elements, compression, base):
+        if encoded is not None:
+            _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
+            return encoded
     return Encoded((), raw)
 
 
-def _candidates(raw: Buffer, elements: Elements, compression: Compression) -> tuple[int, ...]:
+def _attempts(
+    raw: Buffer, elements: Elements, compression: Compression, base: Buffer | None
+) -> Iterator[Encoded | None]:
+    """The encodings worth trying, the best first; None for one that does not shrink the chunk."""
     if compression == "none" or len(raw) == 0:
-        return ()
+        return
+    yield _encode(_CONSTANT, raw, elements)
     if compression == "lz4":
-        return (_CONSTANT, _LZ4) if _sample_shrinks(raw, _LZ4) else (_CONSTANT,)
-    if elements.item_bytes > 1:
-        # Integers often repeat in ways that planes cannot see (token ids); floats never do.
-        repeats = not elements.is_float and _sample_shrinks(raw, _ZSTD, below=0.5)
-        return (_CONSTANT, _ZSTD) if repeats else (_CONSTANT, _PLANES)
-    return (_CONSTANT, _ZSTD) if _sample_shrinks(raw, _ZSTD) else (_CONSTANT,)
+        if _sample_shrinks(raw, _LZ4):
+            yield _encode(_LZ4, raw, elements)
+        return
+    if base is not None:
+        yield _encode_delta(raw, base, elements)
+    if elements.item_bytes == 1:
+        if _sample_shrinks(raw, _ZSTD):
+            yield _encode(_ZSTD, raw, elements)
+        return
+    # Integers often repeat in ways that planes cannot see (token ids); floats never do.
+    repeats = not elements.is_float and _sample_shrinks(raw, _ZSTD, below=_REPEATS_SHARE)
+    yield _encode(_ZSTD if repeats else _PLANES, raw, elements)
+
+
+def _encode(number: int, raw: Buffer, elements: Elements) -> Encoded | None:
+    payload = codec_numbered(number).encode(raw, elements)
+    return Encoded((number,), payload) if payload is not None else None
+
+
+def _encode_delta(raw: Buffer, base: Buffer, elements: Elements) -> Encoded | None:
+    """The chunk as a difference from a base of its length, if a sample says that this pays."""
+    choice = choose(raw, base, elements)
+    if choice.mode not in BASE_MODES:
+        return None
+    payload = encode_delta(raw, base, elements, choice)
+    return Encoded((DELTA,), payload, rests_on_base=True) if payload is not None else None
 
 
 def _sample_shrinks(raw: Buffer, number: int, *, below: float = _WORTH_SHARE) -> bool:
@@ -85,15 +121,15 @@ def _shrinks(sample: Buffer, number: int, below: float) -> bool:
     return encoded is not None and len(encoded) < below * len(sample)
 
 
-def _prove(number: int, payload: Buffer, raw_bytes: int, chunk_id: ChunkId, hasher: Hasher) -> None:
-    """Decode and compare by digest, before the record counts: every record, not a sample (10 % of a first save)."""
+def _prove(encoded: Encoded, raw_bytes: int, chunk_id: ChunkId, hasher: Hasher, base: Buffer | None) -> None:
+    """Decode and compare by digest, before the record counts: every record, not a sample (a fifth of the encoding)."""
     if len(_proof.buffer) < raw_bytes:
         _proof.buffer = bytearray(raw_bytes)
     out = memoryview(_proof.buffer)[:raw_bytes]
-    decode_chain((number,), memoryview(payload), out)
+    decode_chain(encoded.chain, memoryview(encoded.payload), out, base=base)
     if hasher.digest(out) != chunk_id:
         raise CodecError(
-            f"codec {number}: a fresh record of {raw_bytes} bytes does not decode to chunk {chunk_id.hex()}; was the "
-            "state "
-            "changed by another thread during the save? If not, test this machine's memory"
+            f"{chain_name(encoded.chain)}: a fresh record of {raw_bytes} bytes does not decode to chunk "
+            f"{chunk_id.hex()}; "
+            "was the state changed by another thread during the save? If not, test this machine's memory"
         )

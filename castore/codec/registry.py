@@ -5,7 +5,7 @@
     2    zstd      zstd_frame.py
     3    planes    byte_planes.py
     4    constant  constant.py
-    16 … reserved for steps that read a delta base
+    16   delta     delta.py: the difference from the record's base
 
 Numbers are permanent. numpy is only imported when a chain names `planes`: history and manifests are read without it.
 """
@@ -20,8 +20,10 @@ from castore.codec.lz4_block import Lz4Block
 from castore.codec.zstd_frame import ZstdFrame
 from castore.errors import CodecError, UnsupportedFormatError
 from castore.format.pack import Chain
+from castore.ids import Buffer
 
-NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant"}
+NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta"}
+DELTA = 16
 
 
 @cache
@@ -45,8 +47,12 @@ def chain_name(chain: Chain) -> str:
     return "+".join(NAMES.get(number, f"codec-{number}") for number in chain) or "raw"
 
 
-def decode_chain(chain: Chain, stored: memoryview, out: memoryview) -> None:
-    """Undo a chain into `out`. Raises CodecError or UnsupportedFormatError."""
+def decode_chain(chain: Chain, stored: memoryview, out: memoryview, *, base: Buffer | None = None) -> None:
+    """Undo a chain into `out`; `base` is the raw bytes of the record's base. Raises CodecError or
+    UnsupportedFormatError.
+    """
+    if (chain == (DELTA,)) is not (base is not None):
+        raise CodecError(f"{chain_name(chain)}: {'has no' if base is None else 'takes no'} base")
     if not chain:
         if len(stored) != len(out):
             raise CodecError(f"raw: expected {len(out)} bytes, found {len(stored)}")
@@ -54,4 +60,9 @@ def decode_chain(chain: Chain, stored: memoryview, out: memoryview) -> None:
         return
     if len(chain) > 1:
         raise UnsupportedFormatError(f"codec chain {chain_name(chain)} is unknown to this castore; install a newer one")
+    if base is not None:
+        from castore.codec.delta import decode_delta  # numpy costs 80 ms of start-up
+
+        decode_delta(stored, out, base)
+        return
     codec_numbered(chain[0]).decode(stored, out)

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,11 +32,34 @@ zeros in the moments, and of unchanged elements in a delta; 32 divides the usual
 1/1024 of fp32 data."""
 
 
+class Mode(IntEnum):
+    """How elements are changed before they are split. Permanent: written into payloads. _kernel.c has the formulas."""
+
+    PLAIN = 0
+    ROTATE = 1
+    DIFFERENCE = 2
+    XOR = 3
+    SCALED = 4
+
+
+BASE_MODES = frozenset({Mode.DIFFERENCE, Mode.XOR, Mode.SCALED})
+ALPHA_MIN, ALPHA_MAX = 0.5, 2.0
+"""Factors of a scaled base. Within these bounds no product of a base that is scaled leaves the normal floats."""
+
+
 class Kernel(Protocol):
     """The functions of the compiled kernel, and of its numpy twin; _kernel.c says what they do."""
 
     def split(
-        self, raw: Buffer, base: Buffer | None, planes: Buffer, kept: Buffer | None, width: int, rotate: bool, /
+        self,
+        raw: Buffer,
+        base: Buffer | None,
+        planes: Buffer,
+        kept: Buffer | None,
+        width: int,
+        mode: int,
+        alpha: float,
+        /,
     ) -> int:
         """Elements to planes; returns how many elements were kept."""
         ...
@@ -47,7 +71,8 @@ class Kernel(Protocol):
         base: Buffer | None,
         out: Buffer,
         width: int,
-        rotate: bool,
+        mode: int,
+        alpha: float,
         /,
     ) -> None:
         """Planes to elements."""
@@ -86,25 +111,31 @@ def kept_bytes(items: int) -> int:
     return -(-items // (8 * GROUP_ITEMS))
 
 
-def split(raw: Buffer, width: int, *, rotate: bool, base: Buffer | None = None) -> Planes:
+def split(raw: Buffer, width: int, *, mode: Mode, base: Buffer | None = None, alpha: float = 1.0) -> Planes:
     """Planes of the elements of `raw`; bytes past the last element are ignored.
 
-    Without a base `rotate` turns every element left by one bit. With one an element becomes zigzag(element - base),
-    both taken as wrapping integers. Groups that are all zero after that are left out.
+    Groups that are all zero after the change that `mode` names are left out. Modes in BASE_MODES need a base that is as
+    long as `raw`; SCALED needs width 4 and a factor that is exact in float32, within ALPHA_MIN to ALPHA_MAX.
     """
     items = len(raw) // width
     memory = scratch(_SPLIT_SLOT, width * items)
     kept = bytearray(kept_bytes(items))
-    count = kernel.split(raw, base, memory.data, kept, width, rotate)
+    count = kernel.split(raw, base, memory.data, kept, width, mode, alpha)
     planes = memory.reshape(width, items)[:, :count]
     return Planes(planes, None if count == items else bytes(kept))
 
 
 def merge(
-    planes: Sequence[Buffer], out: memoryview, *, rotate: bool, kept: Buffer | None = None, base: Buffer | None = None
+    planes: Sequence[Buffer],
+    out: memoryview,
+    *,
+    mode: Mode,
+    kept: Buffer | None = None,
+    base: Buffer | None = None,
+    alpha: float = 1.0,
 ) -> None:
     """The inverse of split: fill the elements of `out` from planes of equal length."""
-    kernel.merge(tuple(planes), kept, base, out, len(planes), rotate)
+    kernel.merge(tuple(planes), kept, base, out, len(planes), mode, alpha)
 
 
 def kept_count(kept: Buffer, items: int) -> int:
@@ -119,22 +150,31 @@ class NumpyKernel:
     """The same transform with numpy."""
 
     def split(
-        self, raw: Buffer, base: Buffer | None, planes: Buffer, kept: Buffer | None, width: int, rotate: bool, /
+        self,
+        raw: Buffer,
+        base: Buffer | None,
+        planes: Buffer,
+        kept: Buffer | None,
+        width: int,
+        mode: int,
+        alpha: float,
+        /,
     ) -> int:
         """See Kernel."""
         items = len(raw) // width
         words = np.frombuffer(raw, _WORD[width], count=items)
         changed = scratch(_WORD_SLOT, width * items).view(_WORD[width])
-        if base is not None:
-            np.subtract(words, np.frombuffer(base, _WORD[width], count=items), out=changed)
-            sign = np.right_shift(changed.view(f"<i{width}"), 8 * width - 1).view(_WORD[width])
-            np.left_shift(changed, 1, out=changed)
-            np.bitwise_xor(changed, sign, out=changed)
-            words = changed
-        elif rotate:
+        if mode == Mode.ROTATE:
             np.left_shift(words, 1, out=changed)
             np.bitwise_or(changed, np.right_shift(words, 8 * width - 1), out=changed)
             words = changed
+        elif base is not None and mode == Mode.XOR:
+            words = np.bitwise_xor(words, _prediction(base, width, items, mode, alpha), out=changed)
+        elif base is not None and mode != Mode.PLAIN:
+            np.subtract(words, _prediction(base, width, items, mode, alpha), out=changed)
+            sign = np.right_shift(changed.view(f"<i{width}"), 8 * width - 1).view(_WORD[width])
+            np.left_shift(changed, 1, out=changed)
+            words = np.bitwise_xor(changed, sign, out=changed)
         if kept is not None:
             words = _compact(words, kept)
         columns = words.view(np.uint8).reshape(len(words), width)
@@ -150,7 +190,8 @@ class NumpyKernel:
         base: Buffer | None,
         out: Buffer,
         width: int,
-        rotate: bool,
+        mode: int,
+        alpha: float,
         /,
     ) -> None:
         """See Kernel."""
@@ -164,15 +205,32 @@ class NumpyKernel:
         if mask is not None:
             words[:] = 0
             words[mask] = packed
-        if base is not None:
-            sign = np.negative(np.bitwise_and(words, 1))
-            np.right_shift(words, 1, out=words)
-            np.bitwise_xor(words, sign, out=words)
-            np.add(words, np.frombuffer(base, _WORD[width], count=items), out=words)
-        elif rotate:
+        if mode == Mode.ROTATE:
             low = np.left_shift(words, 8 * width - 1)
             np.right_shift(words, 1, out=words)
             np.bitwise_or(words, low, out=words)
+        elif base is not None and mode == Mode.XOR:
+            np.bitwise_xor(words, _prediction(base, width, items, mode, alpha), out=words)
+        elif base is not None and mode != Mode.PLAIN:
+            sign = np.negative(np.bitwise_and(words, 1))
+            np.right_shift(words, 1, out=words)
+            np.bitwise_xor(words, sign, out=words)
+            np.add(words, _prediction(base, width, items, mode, alpha), out=words)
+
+
+_SCALED_EXPONENT_MIN, _SCALED_EXPONENT_MAX = 8, 246
+
+
+def _prediction(base: Buffer, width: int, items: int, mode: int, alpha: float) -> npt.NDArray[Any]:
+    """The base, or what it predicts in mode SCALED."""
+    words = np.frombuffer(base, _WORD[width], count=items)
+    if mode != Mode.SCALED:
+        return words
+    exponent = (words >> 23) & 255
+    scalable = (exponent >= _SCALED_EXPONENT_MIN) & (exponent <= _SCALED_EXPONENT_MAX)
+    safe = np.where(scalable, words, np.float32(1).view(np.uint32)).view(np.float32)
+    scaled = (safe * np.float32(alpha)).view(np.uint32)
+    return np.where(scalable, scaled, words)
 
 
 def _compact(words: npt.NDArray[Any], kept: Buffer) -> npt.NDArray[Any]:

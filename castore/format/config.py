@@ -1,13 +1,16 @@
-"""The config file: what a repository is. A text file (textfile.py) with these fields:
+"""The config file: what a repository is.
 
-format       int     format version; 0 is provisional
-id           str     32 hex digits, random: two repositories are never mistaken for each other
-hash         str     "xxh3-128" or "blake3"
-compression  str     "auto", "lz4" or "none"
-lease_s      number  how long another host's lease counts as alive without a sign of life
-orphan_grace_s number  how long a snapshot without a ref is kept
-created_ns   int     ns since 1970
-features     object  {"read": [..], "write": [..], "gc": [..]}: names that an operation must understand, else it refuses
+It is a text file (textfile.py) with these fields:
+
+    format          int     format version; 0 is provisional
+    id              str     32 hex digits, random: two repositories are never mistaken for each other
+    hash            str     "xxh3-128" or "blake3"
+    compression     str     "auto", "lz4" or "none"
+    lease_s         number  how long another host's lease counts as alive without a sign of life
+    orphan_grace_s  number  how long a snapshot without a ref is kept
+    created_ns      int     ns since 1970
+    features        object  {"read": [..], "write": [..], "gc": [..]}: names that an operation must understand,
+                            else it refuses
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def _unpack_entry(packed: Any, id_bytes: int, where: str) -> Entry:
         _checked_count(raw_bytes, where),
         inline=data if isinstance(data, bytes) else None,
         chunks=data[0] if isinstance(data, list) and len(data) == 1 and isinstance(data[0], bytes) else None,
-        id_lists=data[0] if isinstance(data, list) and len(data) == 2 and isinstance(data[0], bytes) else None,
+        id_lists=data[0] if isinstance(data, list) and len(data) == 2 and _is_id_lists(*data) else None,
         digest=_checked(digest, bytes, where) if digest is not None else None,
     )
     _check_lengths(entry, data, id_bytes, where)
@@ -256,6 +256,10 @@ def _check_lengths(entry: Entry, data: Any, id_bytes: int, where: str) -> None:
         raise FormatError(
             f"{where}: {entry.raw_bytes} raw bytes: expected {expected} bytes of data or ids, found {found}"
         )
+
+
+def _is_id_lists(ids: Any, mark: Any) -> bool:
+    return isinstance(ids, bytes) and mark is None
 
 
 def _checked(value: Any, kind: type, where: str) -> Any:

@@ -71,7 +71,7 @@ def decode_key(component: str) -> Key:
         key = _decode(component)
         if encode_key(key) == component:
             return key
-    except (ValueError, UnsupportedLeafError, RecursionError):
+    except (ValueError, OverflowError, UnsupportedLeafError, RecursionError):
         pass
     raise FormatError(f"path component {component[:80]!r} is not an escaped key")
 

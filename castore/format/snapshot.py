@@ -43,7 +43,7 @@ from castore.options import SNAPSHOT_BYTES_MAX
 
 SNAPSHOT_VERSION = 0
 SNAPSHOT_MAGIC = b"CASTSNAP"
-_PREFIX = struct.Struct("<8sHB5xQ")
+_PREFIX = struct.Struct("<8sHB5sQ")
 _TAG = b"castore.snapshot"
 
 TIME_NS_MAX = 253_402_214_400 * 1_000_000_000
@@ -114,7 +114,7 @@ def encode_snapshot(record: SnapshotRecord, hasher: Hasher) -> tuple[SnapshotId,
         use_bin_type=True,
     )
     digest = hasher.tagged(_TAG, (body,))
-    prefix = _PREFIX.pack(SNAPSHOT_MAGIC, SNAPSHOT_VERSION, hasher.number, len(body))
+    prefix = _PREFIX.pack(SNAPSHOT_MAGIC, SNAPSHOT_VERSION, hasher.number, bytes(5), len(body))
     return SnapshotId(digest.hex()), prefix + body + digest
 
 
@@ -126,13 +126,16 @@ def decode_snapshot(data: Buffer, *, where: str, expected_id: SnapshotId | None 
     if len(data) < _PREFIX.size or len(data) > SNAPSHOT_BYTES_MAX:
         raise FormatError(f"{where}: expected {_PREFIX.size} to {SNAPSHOT_BYTES_MAX} bytes, found {len(data)}")
     view = memoryview(data)
-    magic, version, algorithm, body_bytes = _PREFIX.unpack_from(view)
+    magic, version, algorithm, reserved, body_bytes = _PREFIX.unpack_from(view)
     if magic != SNAPSHOT_MAGIC:
         raise FormatError(f"{where}: expected magic {SNAPSHOT_MAGIC!r}, found {magic!r}: not a snapshot")
     if version != SNAPSHOT_VERSION:
         raise UnsupportedFormatError(
             f"{where}: snapshot version {version}; this castore reads version {SNAPSHOT_VERSION}"
         )
+    if any(reserved):
+        # The digest is over the body only: these are the only bytes that nothing else vouches for.
+        raise FormatError(f"{where}: expected zeros at 11-15, found {reserved.hex()}; the snapshot changed")
     hasher = hasher_numbered(algorithm)
     end = _PREFIX.size + body_bytes
     if len(data) != end + hasher.digest_bytes:

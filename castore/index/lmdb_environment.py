@@ -68,6 +68,8 @@ SUSPEND_WAIT_S = 2.0
 _LMDB_LOCK_BYTES = 8192
 """LMDB's lock file: 192 bytes and 64 for each further reader."""
 _RESIZES_MAX = 40
+_ATTEMPTS_MAX = 20
+"""Times that other processes may replace the file before one look-up is given up."""
 _ENGINE: dict[str, Any] = {"lib_version": 0} if int(lmdb.__version__.split(".")[0]) >= 3 else {}
 """py-lmdb 3 brings two engines; lmdb_file.py reads the format of 0.9."""
 
@@ -85,6 +87,7 @@ class Environment:
         self.id_bytes = id_bytes
         self._dupsort = databases
         self._data = directory / DATA_NAME
+        self._lmdb_lock = directory / LMDB_LOCK_NAME
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._verified: tuple[_Identity, Guard] | None = None
@@ -92,14 +95,18 @@ class Environment:
 
     def read(self, body: Body[T]) -> T:
         """Run `body` in a read transaction. Raises StorageError."""
+        remedies = iter((self._open_shared, self._replace))
         with self._lock, _as_storage_errors(self._data):
-            for remedy in (self._open_shared, self._replace):
+            for _ in range(_ATTEMPTS_MAX):
                 try:
-                    return self._run(body, write=False)
+                    return self._run_settled(body)
+                except _StaleError as reason:
+                    self._close(reason)
+                    self._open_shared()
                 except DamageError as reason:
                     self._close(reason)
-                remedy()
-            return self._run(body, write=False)
+                    next(remedies, self._replace)()
+            return self._run_settled(body)
 
     def write(self, body: Body[T]) -> T:
         """Run `body` in a write transaction. Raises StorageError."""
@@ -133,7 +140,7 @@ class Environment:
         """Unmap the file and keep everybody out until resume(). False: another thread is busy for too long."""
         acquired = self._lock.acquire(timeout=SUSPEND_WAIT_S)
         if acquired and self._opened is not None:
-            self._verified = (self._opened.identity, self._opened.guard)
+            self._verified = (self._opened.data, self._opened.guard)
             self._close(None)
         return acquired
 
@@ -148,6 +155,8 @@ class Environment:
         for _ in range(_RESIZES_MAX):
             try:
                 with _typed_lmdb_errors(self._data), opened.environment.begin(write=write) as transaction:
+                    if write and transaction.id() != opened.guard.transaction + 1:
+                        raise DamageError(f"LMDB begins transaction {transaction.id()}: its lock file is another's")
                     # Handles last for the transaction: to keep them, LMDB would need a writer's lock at open.
                     return body(transaction, self._databases(opened.environment, transaction, create=False))
             except _MapResized:
@@ -158,6 +167,14 @@ class Environment:
                     opened.environment.reader_check()  # readers that died may pin what could be used again
                     opened.environment.set_mapsize(2 * opened.environment.info()["map_size"])
         raise StorageError(f"{self._data}: LMDB's map could not be made large enough")
+
+    def _run_settled(self, body: Body[T]) -> T:
+        """A read transaction. Readers take no file lock, unless a writer is just about to fill up its file."""
+        try:
+            return self._run(body, write=False)
+        except _UnsettledError:
+            with self._file_lock(shared=True):
+                return self._run(body, write=False)
 
     def _run_guarded(self, body: Body[T]) -> T:
         """A write transaction and its guard, under the file lock."""
@@ -185,18 +202,18 @@ class Environment:
             start_writeback(opened.fd, 0, 0)
 
     def _current(self) -> _Opened:
-        """What is open, if it is still the file that lies there, in full length. Raises DamageError."""
+        """What is open, if its files still lie there, in full length. Raises DamageError."""
         opened = self._opened
         if opened is None:
-            raise DamageError("not open")
+            raise _StaleError("not open")
         try:
-            found = self._data.stat(follow_symlinks=False)
+            data, lock = self._data.stat(follow_symlinks=False), self._lmdb_lock.stat(follow_symlinks=False)
         except FileNotFoundError as error:
-            raise DamageError("the file was removed") from error
-        if (found.st_dev, found.st_ino) != opened.identity:
-            raise DamageError("another process replaced the file")
-        if found.st_size < read_meta(opened.fd).used_bytes:
-            raise DamageError(f"the file was cut to {found.st_size} bytes")
+            raise _StaleError(f"{error.filename} was removed") from error
+        if (_identity(data), _identity(lock)) != (opened.data, opened.lock):
+            raise _StaleError("another process replaced the files")
+        if data.st_size < read_meta(opened.fd).used_bytes:
+            raise _UnsettledError(f"the file was cut to {data.st_size} bytes")
         return opened
 
     # ---- opening -------------------------------------------------------------------------------------------
@@ -235,7 +252,7 @@ class Environment:
             if os.fstat(fd).st_size < meta.used_bytes:
                 raise DamageError(f"expected {meta.used_bytes} bytes, found {os.fstat(fd).st_size}")
             guard, verified = self._read_guard(), self._verified
-            if verified != (_identity(fd), guard):
+            if verified != (_identity(os.fstat(fd)), guard):
                 guard.check(fd, meta)
             self._verified = None
             self._opened = self._open_lmdb(fd, guard, create=False)
@@ -266,7 +283,7 @@ class Environment:
 
     def _open_lmdb(self, fd: int, guard: Guard, *, create: bool) -> _Opened:
         """Map the file that `fd` reads, and create its databases or expect them there."""
-        _allocate_lock_file(self.directory / LMDB_LOCK_NAME)
+        _allocate_lock_file(self._lmdb_lock)
         with _typed_lmdb_errors(self._data):
             environment = lmdb.open(
                 os.fsencode(self._data),
@@ -287,10 +304,11 @@ class Environment:
                     # LMDB takes the number from its lock file, which no guard covers.
                     if not create and transaction.id() != guard.transaction:
                         raise DamageError(f"{LMDB_LOCK_NAME}: transaction {transaction.id()} is not the file's")
+                lock = _identity(self._lmdb_lock.stat())
             except BaseException:
                 environment.close()
                 raise
-        return _Opened(environment, fd, _identity(fd), guard)
+        return _Opened(environment, fd, _identity(os.fstat(fd)), lock, guard)
 
     def _databases(self, environment: lmdb.Environment, transaction: Transaction, *, create: bool) -> Databases:
         return {
@@ -320,7 +338,9 @@ class _Opened:
     environment: lmdb.Environment
     fd: int
     """For pread: what is read this way cannot kill."""
-    identity: _Identity
+    data: _Identity
+    lock: _Identity
+    """LMDB's lock file: processes with different ones would not see one another."""
     guard: Guard
     free: set[int] | None = None
     """The free pages of the guard's transaction, once they are known."""
@@ -341,8 +361,7 @@ def _allocate_lock_file(path: Path) -> None:
         os.close(fd)
 
 
-def _identity(fd: int) -> _Identity:
-    status = os.fstat(fd)
+def _identity(status: os.stat_result) -> _Identity:
     return status.st_dev, status.st_ino
 
 
@@ -353,6 +372,14 @@ def _fill_up(fd: int, meta: Meta) -> None:
 
 
 # ---- errors ------------------------------------------------------------------------------------------------
+
+
+class _StaleError(DamageError):
+    """What is open is not what lies there. Says nothing against that."""
+
+
+class _UnsettledError(DamageError):
+    """The file is shorter than it should be: cut, or a writer has not filled it up yet (_fill_up)."""
 
 
 class _MapResized(Exception):  # noqa: N818  a signal to _run

@@ -52,6 +52,8 @@ _NUMBER = struct.Struct(">I")
 _PACK = struct.Struct(">IQ")
 _LOCATION = struct.Struct(f">QIIQ{CHAIN_LENGTH_MAX}sBBB")
 _BASE_AT = _NUMBER.size + _LOCATION.size
+_KIND_AT = _BASE_AT - 3
+_KINDS = {int(kind): kind for kind in RecordKind}
 _IN_RUN = 1
 
 _Item = tuple[bytes, bytes]
@@ -72,9 +74,7 @@ def _open_environment(directory: Path, repository_id: bytes, id_bytes: int) -> E
 
 
 class LmdbIndex:
-    """An Index that handles, threads and processes share. Every method may raise StorageError (the cache is
-    unusable).
-    """
+    """An Index that handles, threads and processes share. Any method may raise StorageError: no cache here."""
 
     def __init__(self, environment: Environment) -> None:
         self._shared = environment
@@ -97,7 +97,6 @@ class LmdbIndex:
         new = self._environment().read(partial(_unknown, pack_keys=keys)) if keys else []
         # Everything is encoded before the write transaction, which other processes wait for.
         encoded = {key: self._encode(tables[keys[key]]) for key in new}
-
         if encoded:
             self._environment().write(partial(_put_tables, tables=encoded))
 
@@ -223,6 +222,8 @@ def _delete(transaction: Transaction, databases: Databases, *, doomed: _Doomed) 
 
 def _encode_row(row: Row) -> bytes:
     """A location less its pack number."""
+    if len(row.chain) > CHAIN_LENGTH_MAX:
+        raise ValueError(f"expected a codec chain of at most {CHAIN_LENGTH_MAX}, found {row.chain}")
     fixed = _LOCATION.pack(
         row.offset,
         row.stored_bytes,
@@ -239,24 +240,21 @@ def _encode_row(row: Row) -> bytes:
 def _decode_row(chunk_id: ChunkId, location: bytes) -> Row:
     """Raises DamageError."""
     base_id = location[_BASE_AT:]
-    if len(location) < _BASE_AT or len(base_id) not in (0, len(chunk_id)):
-        raise DamageError(f"index entry of chunk {chunk_id.hex()}: {len(location)} bytes cannot be a location")
+    if len(location) < _BASE_AT or len(base_id) not in (0, len(chunk_id)) or location[_KIND_AT] not in _KINDS:
+        raise DamageError(f"index entry of chunk {chunk_id.hex()}: {location.hex()} is no location")
     offset, stored, raw, checksum, chain, kind, depth, flags = _LOCATION.unpack_from(location, _NUMBER.size)
-    try:
-        return Row(
-            chunk_id,
-            offset,
-            stored,
-            raw,
-            checksum,
-            tuple(chain.rstrip(b"\0")),
-            RecordKind(kind),
-            depth,
-            ChunkId(base_id) if base_id else None,
-            bool(flags & _IN_RUN),
-        )
-    except ValueError as error:
-        raise DamageError(f"index entry of chunk {chunk_id.hex()}: {error}") from error
+    return Row(
+        chunk_id,
+        offset,
+        stored,
+        raw,
+        checksum,
+        tuple(chain.rstrip(b"\0")),
+        _KINDS[kind],
+        depth,
+        ChunkId(base_id) if base_id else None,
+        bool(flags & _IN_RUN),
+    )
 
 
 def _pack_key(pack_id: PackId) -> bytes:

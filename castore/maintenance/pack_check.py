@@ -148,9 +148,7 @@ class _PackCheck:
             for start in range(0, len(rows), _INDEX_BATCH_ROWS):
                 wrong += self._not_indexed(rows[start : start + _INDEX_BATCH_ROWS])
         except CastoreError as error:
-            self._findings.problem(
-                "index", self._name, f"the index cannot be read: {error}; run `castore reindex`"
-            )
+            self._findings.problem("index", self._name, f"the index cannot be read: {error}; run `castore reindex`")
         if wrong:
             self._findings.problem(
                 "index",
@@ -204,9 +202,7 @@ class _PackCheck:
         """Note a record as whole or as faulty."""
         expected = self._needs.get(row.chunk_id)
         if not message and expected not in (None, row.raw_bytes):
-            message = (
-                f"{_where(row)}: manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
-            )
+            message = f"{_where(row)}: manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
         if message:
             self._state.faults.append((self._name, row, message))
         elif row.chunk_id in self._needs:
@@ -300,9 +296,7 @@ def _check_record(reader: RangeReader, row: Row, hasher: Hasher) -> str:
         return message if message.startswith(where) else f"{where}: {message}"
     found = hasher.digest(raw if row.chain else stored)
     if found != row.chunk_id:
-        return (
-            f"{where}: the checksum is right, the bytes hash to {found.hex()}: wrong since they were written"
-        )
+        return f"{where}: the checksum is right, the bytes hash to {found.hex()}: wrong since they were written"
     return ""
 
 

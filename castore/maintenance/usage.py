@@ -121,9 +121,7 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
     unreadable: list[str] = []
     records, snapshot_bytes = _read_records(handle, unreadable)
     pack_files = {
-        pack_id: info.size_bytes
-        for info in handle.backend.list(PACKS)
-        if (pack_id := parse_pack_name(info.name))
+        pack_id: info.size_bytes for info in handle.backend.list(PACKS) if (pack_id := parse_pack_name(info.name))
     }
     meter = _Meter(progress, len(records) + len(pack_files))
     tally = _Tally(PartReader(handle), id_bytes=handle.hasher.digest_bytes, depth=depth)
@@ -138,9 +136,7 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
     leaf_bytes = sum(group.stored_bytes for group in groups)
     pack_bytes = sum(pack_files.values())
     return Usage(
-        tuple(
-            _snapshot_usage(snapshot_id, record, tally.exclusive) for snapshot_id, record in records.items()
-        ),
+        tuple(_snapshot_usage(snapshot_id, record, tally.exclusive) for snapshot_id, record in records.items()),
         groups,
         tally.codec_usage(),
         sum(record.raw_bytes for record in records.values()),
@@ -233,9 +229,7 @@ class _Tally:
             if part_id not in self._uses:
                 part = self._parts.read(part_id)
                 if part.error or part.unresolved:
-                    self.unreadable.append(
-                        f"manifest part {part_id.hex()}: {part.error or 'an id list is lost'}"
-                    )
+                    self.unreadable.append(f"manifest part {part_id.hex()}: {part.error or 'an id list is lost'}")
                 self._uses[part_id] = self._use(part_id, part)
             use = self._uses[part_id]
             for group, raw_bytes in use.raw_bytes.items():
@@ -254,9 +248,7 @@ class _Tally:
             group = group_of(entry.path, self._depth)
             raw[group] = raw.get(group, 0) + entry.raw_bytes
             chunks.update((chunk_id, group) for chunk_id in entry.chunk_ids(self._id_bytes))
-            chunks.update(
-                (list_id, MANIFEST_GROUP) for list_id in split_ids(entry.id_lists or b"", self._id_bytes)
-            )
+            chunks.update((list_id, MANIFEST_GROUP) for list_id in split_ids(entry.id_lists or b"", self._id_bytes))
         return _PartUse(chunks, raw)
 
     def add_rows(self, rows: Iterable[Row]) -> None:

@@ -71,11 +71,9 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
         needs.add(snapshot_id, record)
     needs.report()
     pack_ids, total_bytes = _list_packs(handle, findings)
-    state = check_packs(
-        handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes)
-    )
+    state = check_packs(handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes))
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
-    _report_losses(handle, parts, snapshots, needs=needs.lengths, state=state, findings=findings)
+    _report_losses(handle, parts, snapshots, needs=needs, state=state, findings=findings)
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
     return VerifyReport(
@@ -101,9 +99,7 @@ def _check_config(handle: Handle, findings: Findings) -> None:
         findings.problem("config", CONFIG, f"{error}; restore it from a copy")
         return
     if found != handle.config:
-        findings.problem(
-            "config", CONFIG, "it is not the one that this repository was opened with; open it again"
-        )
+        findings.problem("config", CONFIG, "it is not the one that this repository was opened with; open it again")
 
 
 def _read_refs(handle: Handle, findings: Findings) -> dict[str, Ref]:
@@ -189,9 +185,7 @@ def _note_leftovers(handle: Handle, findings: Findings) -> None:
     temporaries = list(handle.backend.temporaries(modified_before_ns=_EVER_NS))
     if temporaries:
         total = sum(info.size_bytes for info in temporaries)
-        findings.note(
-            f"{len(temporaries)} temporary files ({total} bytes): saves in progress, or left by a crash"
-        )
+        findings.note(f"{len(temporaries)} temporary files ({total} bytes): saves in progress, or left by a crash")
     try:
         ended = [lease.name for lease in list_leases(handle.backend) if not lease.held]
     except CastoreError as error:
@@ -210,6 +204,8 @@ class _Needs:
     def __init__(self, handle: Handle, parts: PartReader, findings: Findings) -> None:
         self.lengths: dict[ChunkId, int | None] = {}
         """Chunk → raw length that the manifests expect; None for parts and id lists."""
+        self.reported: set[ChunkId] = set()
+        """Parts and id lists that `report` names."""
         self._hasher = handle.hasher
         self._parts = parts
         self._findings = findings
@@ -226,6 +222,7 @@ class _Needs:
             self.lengths.setdefault(part_id, None)
             part = self._parts.read(part_id)
             if part.error:
+                self.reported.add(part_id)
                 self._lost_parts.setdefault(part_id, (part.error, []))[1].append(snapshot_id)
             for path, message in (part.unresolved or {}).items():
                 self._lost_lists.setdefault(message, {}).setdefault(snapshot_id, []).append(path)
@@ -239,9 +236,7 @@ class _Needs:
             if complaints:
                 shown = some((f"{path!r}: {message}" for path, message in complaints), count=_NAMED_MAX)
                 touched = sorted({path for path, _ in complaints if path})
-                self._findings.problem(
-                    "snapshot", where, f"the manifest is no state: {shown}", {snapshot_id: touched}
-                )
+                self._findings.problem("snapshot", where, f"the manifest is no state: {shown}", {snapshot_id: touched})
 
     def report(self) -> None:
         """Name the parts and id lists that cannot be read, each once."""
@@ -253,15 +248,15 @@ class _Needs:
                 dict.fromkeys(snapshot_ids, ()),
             )
         for message, affected in self._lost_lists.items():
-            self._findings.problem(
-                "part", PACKS, f"the chunk ids of a long leaf cannot be read: {message}", affected
-            )
+            self._findings.problem("part", PACKS, f"the chunk ids of a long leaf cannot be read: {message}", affected)
 
     def _collect(self, entries: Collection[Entry], part_id: ChunkId) -> None:
         id_bytes = self._hasher.digest_bytes
         for entry in entries:
             for list_id in split_ids(entry.id_lists or b"", id_bytes):
                 self.lengths.setdefault(list_id, None)
+                if entry.chunks is None:
+                    self.reported.add(list_id)
             for index, chunk_id in enumerate(entry.chunk_ids(id_bytes)):
                 expected = chunk_bytes(entry.raw_bytes, index)
                 if self.lengths.setdefault(chunk_id, expected) not in (None, expected):
@@ -298,20 +293,20 @@ def _report_losses(
     parts: PartReader,
     snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
     *,
-    needs: Mapping[ChunkId, int | None],
+    needs: _Needs,
     state: PackState,
     findings: Findings,
 ) -> None:
     """Name every faulty record, every chunk that is nowhere, and the snapshots and leaves that need them."""
-    lost = needs.keys() - state.whole
+    lost = needs.lengths.keys() - state.whole
     affected = affected_leaves(parts, snapshots, lost, id_bytes=handle.hasher.digest_bytes)
-    explained: set[ChunkId] = set()
+    explained = set(needs.reported)
     for name, row, message in state.faults:
         explained.add(row.chunk_id)
         if row.chunk_id in lost:
             findings.problem("record", name, message, affected[row.chunk_id])
         else:
-            why = "another copy of it is whole" if row.chunk_id in needs else "no snapshot needs it"
+            why = "another copy of it is whole" if row.chunk_id in needs.lengths else "no snapshot needs it"
             findings.problem("record", name, f"{message}; nothing is lost: {why}")
     groups: dict[tuple[SnapshotId, ...], list[ChunkId]] = {}
     for chunk_id in sorted(lost - explained):

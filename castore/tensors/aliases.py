@@ -66,9 +66,7 @@ def find_sharing(arrays: Sequence[tuple[int, Array]]) -> Sharing:
 
 def _overlapping_groups(members: Sequence[tuple[int, Array]]) -> Iterable[Shared]:
     """Connected groups of at least two views with elements in common: a sweep over their hulls by address."""
-    spans = sorted(
-        (_Span(number, array) for number, array in members), key=lambda span: (span.low, -span.high)
-    )
+    spans = sorted((_Span(number, array) for number, array in members), key=lambda span: (span.low, -span.high))
     groups = _Groups(len(spans))
     active: list[int] = []
     for at, span in enumerate(spans):
@@ -128,9 +126,7 @@ class _Span:
         """An array with the same addresses, never read, so that device memory can be asked about too."""
         if self._probe is None:
             array = self.array
-            self._probe = memory_array(
-                array.address, array.shape, array.stride, f"|V{array.item_bytes}", owner=None
-            )
+            self._probe = memory_array(array.address, array.shape, array.stride, f"|V{array.item_bytes}", owner=None)
         return self._probe
 
 

@@ -115,9 +115,7 @@ class Array:
         """
         if self.raw_bytes == 0 or self.is_lazy or not self.is_dense:
             return None
-        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(
-            step < 0 for step in self.stride
-        ):
+        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(step < 0 for step in self.stride):
             return None
         if self.family == "numpy" and is_c_order(self):
             return None
@@ -132,9 +130,7 @@ def is_c_order(array: Array) -> bool:
 def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
     """Describe an ndarray. Raises UnsupportedLeafError for element types without fixed bytes."""
     element = numpy_element(value.dtype, path)
-    return Array(
-        value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element
-    )
+    return Array(value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element)
 
 
 def torch_array(value: Any, path: str) -> Array:
@@ -148,19 +144,13 @@ def torch_array(value: Any, path: str) -> Array:
         address, storage_bytes = int(value.data_ptr()), int(storage.nbytes())
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
-        raise UnsupportedLeafError(
-            path, _tensor_type(value), f"its memory cannot be reached: {reason}"
-        ) from error
+        raise UnsupportedLeafError(path, _tensor_type(value), f"its memory cannot be reached: {reason}") from error
     needed = int(value.storage_offset()) * size + extent(shape, stride, size)[1]
     if 0 not in shape and needed > storage_bytes:
         # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation
         # fault.
-        raise UnsupportedLeafError(
-            path, _tensor_type(value), "its storage was freed: gather or clone it before saving"
-        )
-    return Array(
-        value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg()
-    )
+        raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
+    return Array(value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg())
 
 
 def describe(value: Any, path: str) -> Array:
@@ -175,9 +165,7 @@ def _tensor_type(value: Any) -> str:
 
 def words_on_host(array: Array, *, writable: bool = False) -> Words:
     """Its memory as integer words, without a copy; not conjugated or negated."""
-    return host_words(
-        array.address, array.shape, array.stride, array.item_bytes, owner=array.value, writable=writable
-    )
+    return host_words(array.address, array.shape, array.stride, array.item_bytes, owner=array.value, writable=writable)
 
 
 def words_on_device(array: Array) -> Any:

@@ -33,9 +33,7 @@ def is_namedtuple(value: object) -> bool:
 
 def is_dataclass(value: object) -> bool:
     """Whether the value is an instance, not the class itself, of a dataclass that stands on plain objects."""
-    return (
-        dataclasses.is_dataclass(value) and not isinstance(value, type) and _is_plain_dataclass(type(value))
-    )
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and _is_plain_dataclass(type(value))
 
 
 def namedtuple_fields(value: Any, path: str) -> dict[str, Any]:
@@ -90,28 +88,20 @@ def find_class(entry: Entry, classes: Mapping[str, type] | None) -> type:
     """The class of a NAMEDTUPLE or DATACLASS entry. Raises UnknownClassError, which says what to do."""
     name, fields = entry.attrs.get("class"), entry.attrs.get("fields")
     where = f"leaf {entry.path!r}"
-    if (
-        not isinstance(name, str)
-        or not isinstance(fields, list)
-        or not all(isinstance(field, str) for field in fields)
-    ):
+    if not isinstance(name, str) or not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
         raise FormatError(f"{where}: expected a class and its fields, found {str(dict(entry.attrs))[:80]}")
     advice = f'pass classes={{"{name}": YourClass}}, or missing_classes="dict" to get a dict'
     cls = classes[name] if classes is not None and name in classes else _loaded_class(name)
     if cls is None:
         module = name.partition(":")[0]
-        raise UnknownClassError(
-            f"{where}: class {name} is not loaded here; import {module} first, or {advice}"
-        )
+        raise UnknownClassError(f"{where}: class {name} is not loaded here; import {module} first, or {advice}")
     found = _fields_of(cls, entry.kind)
     if found is None:
         kind = "namedtuple" if entry.kind is Kind.NAMEDTUPLE else "dataclass"
         raise UnknownClassError(f"{where}: {name} is not a {kind} here; {advice}")
     same = found == fields if entry.kind is Kind.NAMEDTUPLE else sorted(found) == sorted(fields)
     if not same:
-        raise UnknownClassError(
-            f"{where}: {name} was saved with fields {fields} and has {found} here; {advice}"
-        )
+        raise UnknownClassError(f"{where}: {name} was saved with fields {fields} and has {found} here; {advice}")
     return cls
 
 

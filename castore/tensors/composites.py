@@ -91,9 +91,7 @@ def _take_apart_quantized(tensor: Any, path: str) -> Composite:
         children["~scales"] = tensor.q_per_channel_scales()
         children["~zero_points"] = tensor.q_per_channel_zero_points()
     else:
-        raise UnsupportedLeafError(
-            path, f"tensor quantized by {qscheme}", "save .int_repr() and its parameters"
-        )
+        raise UnsupportedLeafError(path, f"tensor quantized by {qscheme}", "save .int_repr() and its parameters")
     return Composite(Kind.QUANTIZED, attrs, children)
 
 
@@ -198,9 +196,7 @@ def _quantized(entry: Entry, shape: tuple[int, ...], children: Mapping[str, Any]
     return tensor.set_(integers.untyped_storage(), integers.storage_offset(), shape, integers.stride())
 
 
-def _empty_quantized(
-    attrs: Mapping[str, Any], shape: tuple[int, ...], children: Mapping[str, Any], device: Any
-) -> Any:
+def _empty_quantized(attrs: Mapping[str, Any], shape: tuple[int, ...], children: Mapping[str, Any], device: Any) -> Any:
     torch = require_torch("a tensor")
     dtype = getattr(torch, attrs["dtype"])
     # Filled through its storage at once; an empty one of the right kind is all that is needed of it.
@@ -217,9 +213,7 @@ def _empty_quantized(
         shape, scales=scales, zero_points=zero_points, axis=axis, dtype=dtype, device=device
     )
     if str(made.qscheme()) != f"torch.{attrs['qscheme']}":
-        raise ValueError(
-            f"qscheme {attrs['qscheme']!r} with {scales.dtype} scales and {zero_points.dtype} zero points"
-        )
+        raise ValueError(f"qscheme {attrs['qscheme']!r} with {scales.dtype} scales and {zero_points.dtype} zero points")
     return made
 
 

@@ -84,9 +84,7 @@ def torch_dtype(name: str, where: str) -> Any:
     torch = require_torch(where)
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or str(dtype) != f"torch.{name}" or name in QUANTIZED_STORAGE:
-        raise FormatError(
-            f"{where}: torch {torch.__version__} has no dtype {name!r}; a newer torch may have it"
-        )
+        raise FormatError(f"{where}: torch {torch.__version__} has no dtype {name!r}; a newer torch may have it")
     return dtype
 
 

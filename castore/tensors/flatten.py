@@ -9,7 +9,8 @@
                         device         where it lay, if not on the CPU
                         requires_grad, parameter      true
                         buffer         whether an nn.Buffer is persistent
-                        distinct       of an ALIAS: it was another object over the same memory
+                        object         of an ALIAS that was another object over the same memory: the
+                                       path under which that object first occurs
     hint of ORDERED_DICT   state_dict_metadata   the `_metadata` that torch hangs on a module's state_dict
 
     VIEW attrs     storage        path of its STORAGE
@@ -140,9 +141,7 @@ class _Walk:
             return
         self._composites[id(tensor)] = path, tensor
         self._add(
-            Entry(
-                path, composite.kind, "", (len(composite.children),), composite.attrs, _object_hints(tensor)
-            ),
+            Entry(path, composite.kind, "", (len(composite.children),), composite.attrs, _object_hints(tensor)),
             None,
         )
         for component, child in composite.children.items():
@@ -154,13 +153,9 @@ class _Walk:
         around = self._open.get(id(value))
         if around is not None:
             name = type(value).__name__
-            raise UsageError(
-                f"leaf {path!r}: the {name} contains itself (it is {around!r} too); a state is a tree"
-            )
+            raise UsageError(f"leaf {path!r}: the {name} contains itself (it is {around!r} too); a state is a tree")
         if len(self._open) >= SKELETON_DEPTH_MAX:
-            raise UsageError(
-                f"leaf {path!r}: nested deeper than {SKELETON_DEPTH_MAX} levels; flatten the state"
-            )
+            raise UsageError(f"leaf {path!r}: nested deeper than {SKELETON_DEPTH_MAX} levels; flatten the state")
         self._open[id(value)] = path
         kind, attrs, hints, children = _open_container(value, path)
         self._add(Entry(path, kind, "", (len(children),), attrs, hints), None)
@@ -198,9 +193,7 @@ def _examine_tensor(value: Any, path: str) -> Array | Composite:
     return take_apart(value, path) or torch_array(value, path)
 
 
-def _open_container(
-    value: Any, path: str
-) -> tuple[Kind, dict[str, Any], dict[str, Any], list[tuple[str, Any]]]:
+def _open_container(value: Any, path: str) -> tuple[Kind, dict[str, Any], dict[str, Any], list[tuple[str, Any]]]:
     """Kind, attributes, hints and (component, child) pairs of a container."""
     if type(value) is dict:
         return Kind.DICT, {}, {}, _dict_children(value, path)
@@ -221,9 +214,7 @@ def _open_container(
 def _dict_children(value: Mapping[Any, Any], path: str) -> list[tuple[str, Any]]:
     children = [(encode_key(key, parent=path), child) for key, child in value.items()]
     if len({component for component, _ in children}) != len(children):
-        raise UsageError(
-            f"leaf {path!r}: two keys of the dict are the same once written down (NaN, for instance)"
-        )
+        raise UsageError(f"leaf {path!r}: two keys of the dict are the same once written down (NaN, for instance)")
     return children
 
 
@@ -299,13 +290,13 @@ def _with_sharing(walk: _Walk) -> FlatState:
     entries, payloads = walk.entries, walk.payloads
     array_of = dict(walk.arrays)
     sharing = find_sharing(walk.arrays)
+    first_path: dict[int, str] = {}
     for number, first in sharing.aliases.items():
         hints = {}
-        if array_of[number].value is not array_of[first].value:
-            hints = {**_object_hints(array_of[number].value), "distinct": True}
-        entries[number] = Entry(
-            entries[number].path, Kind.ALIAS, attrs={"target": entries[first].path}, hints=hints
-        )
+        value = array_of[number].value
+        if value is not array_of[first].value:
+            hints = {**_object_hints(value), "object": first_path.setdefault(id(value), entries[number].path)}
+        entries[number] = Entry(entries[number].path, Kind.ALIAS, attrs={"target": entries[first].path}, hints=hints)
         payloads[number] = None
     for index, shared in enumerate(sharing.shared):
         path = f"{STORAGE_PREFIX}{index}"

@@ -76,18 +76,14 @@ class Match:
         return not (self.missing or self.unexpected or self.mismatched)
 
 
-def match(
-    live: FlatState, entries: Iterable[Entry], *, selected: Callable[[str], bool] | None = None
-) -> Match:
+def match(live: FlatState, entries: Iterable[Entry], *, selected: Callable[[str], bool] | None = None) -> Match:
     """Compare a live state with the entries of a snapshot. Pure: neither is touched.
 
     `selected` says which live paths the caller asked for, when `entries` is a subset: others are not missing.
     """
     entries = tuple(entries)
     comparison = _Comparison(build_tree(live.entries), build_tree(entries), _live_values(live))
-    comparison.aliased = frozenset(
-        str(entry.attrs["target"]) for entry in live.entries if entry.kind is Kind.ALIAS
-    )
+    comparison.aliased = frozenset(str(entry.attrs["target"]) for entry in live.entries if entry.kind is Kind.ALIAS)
     comparison.compare(comparison.live.root, comparison.saved.root)
     comparison.check_shared_memory()
     replaced = tuple(comparison.replaced)
@@ -282,9 +278,7 @@ def _same_content(a: Entry, b: Entry) -> bool:
         return False
     if a.inline is not None:
         return a.inline == b.inline
-    return (a.chunks, a.id_lists) == (b.chunks, b.id_lists) and (
-        a.chunks is not None or a.id_lists is not None
-    )
+    return (a.chunks, a.id_lists) == (b.chunks, b.id_lists) and (a.chunks is not None or a.id_lists is not None)
 
 
 def _same_parts(live_tree: Tree, live: Node, saved_tree: Tree, saved: Node) -> bool:
@@ -322,9 +316,7 @@ def assign(
     something in them changed, so the returned state may be another object than `live_state`.
     """
     builder = Builder(build_tree(matched.fresh), values, classes=classes, missing_classes=missing_classes)
-    return assign_scalars(
-        live_state, {path: builder.build(builder.tree.nodes[path]) for path in matched.replaced}
-    )
+    return assign_scalars(live_state, {path: builder.build(builder.tree.nodes[path]) for path in matched.replaced})
 
 
 def assign_scalars(live_state: Any, values: Mapping[str, Any]) -> Any:
@@ -337,9 +329,7 @@ class _Assignment:
 
     def __init__(self, new: Mapping[str, Any]) -> None:
         self._new = new
-        self._above = {
-            "/".join(path.split("/")[:depth]) for path in new for depth in range(path.count("/") + 1)
-        }
+        self._above = {"/".join(path.split("/")[:depth]) for path in new for depth in range(path.count("/") + 1)}
         """Paths of the containers in which something changes."""
 
     def visit(self, live: Any, path: str) -> Any:
@@ -410,9 +400,7 @@ def _overwritten(live: Any, new: Any) -> Any:
 
 def _copy_array(live: Any, new: Any) -> None:
     source = ArrayPayload(describe(new, "view"))
-    entry = Entry(
-        "view", Kind.TENSOR, source.array.element.name, source.array.shape, raw_bytes=source.raw_bytes
-    )
+    entry = Entry("view", Kind.TENSOR, source.array.element.name, source.array.shape, raw_bytes=source.raw_bytes)
     if source.array.element.descr is not None:
         entry = dataclasses.replace(entry, attrs={"descr": source.array.element.descr})
     target = live_target(live, entry)

@@ -189,8 +189,6 @@ class HullPayload:
         base = hull.ctypes.data
         for member in self._members:
             address = base + member.address - self._low
-            target = host_words(
-                address, member.shape, member.stride, member.item_bytes, owner=hull, writable=True
-            )
+            target = host_words(address, member.shape, member.stride, member.item_bytes, owner=hull, writable=True)
             target[...] = words_on_host(member) if member.on_host else words_on_device(member).cpu().numpy()
         return hull

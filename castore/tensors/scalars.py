@@ -99,9 +99,7 @@ def _encode_sequence(value: list[Any] | tuple[Any, ...]) -> Encoded | None:
     as_list = type(value) is list
     if kind is float:
         data = struct.pack(f"<{len(value)}d", *value)
-        return Encoded(
-            Kind.FLOAT_LIST if as_list else Kind.FLOAT_TUPLE, data, item_bytes=_NUMBER_BYTES, is_float=True
-        )
+        return Encoded(Kind.FLOAT_LIST if as_list else Kind.FLOAT_TUPLE, data, item_bytes=_NUMBER_BYTES, is_float=True)
     try:
         data = struct.pack(f"<{len(value)}q", *value)
     except struct.error:
@@ -124,9 +122,7 @@ def _encode_numpy_scalar(value: np.generic, path: str) -> Encoded:
         # 10 bytes of number and 6 of whatever the memory held: equal scalars must have equal bytes.
         for start in range(0, len(raw), 16):
             raw[start + 10 : start + 16] = bytes(6)
-    return Encoded(
-        Kind.NUMPY_SCALAR, bytes(raw), element.name, attrs, {}, element.plane_bytes, element.is_float
-    )
+    return Encoded(Kind.NUMPY_SCALAR, bytes(raw), element.name, attrs, {}, element.plane_bytes, element.is_float)
 
 
 def _encode_torch_value(value: Any) -> Encoded | None:

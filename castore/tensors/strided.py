@@ -83,9 +83,7 @@ def is_dense(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
     if 0 in shape:
         return True
     expected = item
-    for step, size in sorted(
-        (abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1
-    ):
+    for step, size in sorted((abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1):
         if step != expected:
             return False
         expected *= size
@@ -99,9 +97,7 @@ def may_overlap_itself(shape: Sequence[int], stride: Sequence[int], item: int) -
     if 0 in shape:
         return False
     span = item
-    for step, size in sorted(
-        (abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1
-    ):
+    for step, size in sorted((abs(step), size) for size, step in zip(shape, stride, strict=True) if size != 1):
         if step < span:
             return True
         span = step * (size - 1) + span

@@ -69,9 +69,7 @@ class Tree:
             return node
         target = self.nodes.get(str(entry.attrs.get("target")))
         if target is None or target.entry is None or target.entry.kind not in _ALIAS_TARGETS:
-            raise FormatError(
-                f"leaf {entry.path!r}: alias of {entry.attrs.get('target')!r}, which is no array here"
-            )
+            raise FormatError(f"leaf {entry.path!r}: alias of {entry.attrs.get('target')!r}, which is no array here")
         return target
 
     def resolved(self, node: Node) -> Entry:
@@ -84,9 +82,7 @@ class Tree:
         """The STORAGE of a VIEW. Raises FormatError when there is none."""
         storage = self.storages.get(str(entry.attrs.get("storage")))
         if storage is None:
-            raise FormatError(
-                f"leaf {entry.path!r}: view of {entry.attrs.get('storage')!r}, which is no storage here"
-            )
+            raise FormatError(f"leaf {entry.path!r}: view of {entry.attrs.get('storage')!r}, which is no storage here")
         return storage
 
 

@@ -67,7 +67,7 @@ class Builder:
         self._classes = classes
         self._missing_classes = missing_classes
         self._arrays: dict[str, Any] = {}
-        """Finished arrays by path."""
+        """Finished arrays by path, and other objects over their memory by target and object key."""
         self._open: set[str] = set()
         """Composites being built: a part that is an alias of its own whole would never end."""
 
@@ -100,9 +100,7 @@ class Builder:
             return self._keyed(node)
         if entry.kind in SEQUENCE_KINDS:
             if list(node.children) != [str(index) for index in range(len(node.children))]:
-                raise FormatError(
-                    f"leaf {entry.path!r}: the items of a {entry.kind.name} are not numbered from 0"
-                )
+                raise FormatError(f"leaf {entry.path!r}: the items of a {entry.kind.name} are not numbered from 0")
             items = [self.build(child) for child in node.children.values()]
             return items if entry.kind is Kind.LIST else tuple(items)
         return self._instance(node, entry)
@@ -125,12 +123,8 @@ class Builder:
             raise
         fields = self._keyed(node)
         if sorted(fields, key=str) != sorted(entry.attrs["fields"]):
-            raise FormatError(
-                f"leaf {entry.path!r}: expected the fields {entry.attrs['fields']}, found {list(fields)}"
-            )
-        return (
-            build_namedtuple(cls, fields) if entry.kind is Kind.NAMEDTUPLE else build_dataclass(cls, fields)
-        )
+            raise FormatError(f"leaf {entry.path!r}: expected the fields {entry.attrs['fields']}, found {list(fields)}")
+        return build_namedtuple(cls, fields) if entry.kind is Kind.NAMEDTUPLE else build_dataclass(cls, fields)
 
     # ---- arrays --------------------------------------------------------------------------------------------
 
@@ -147,10 +141,7 @@ class Builder:
         entry = node.entry
         assert entry is not None
         if entry.kind is Kind.ALIAS:
-            target = self._array(self.tree.resolve(node))
-            return (
-                with_object_hints(_another_object(target), entry) if entry.hints.get("distinct") else target
-            )
+            return self._alias(entry, self.tree.resolve(node))
         if node.is_composite:
             parts = {name: self._part(node.children[name]) for name in child_names(entry)}
             return with_object_hints(put_together(entry, parts), entry)
@@ -158,6 +149,15 @@ class Builder:
             storage = self.tree.storage_of(entry)
             return with_object_hints(make_view(entry, self._value(storage.path)), entry)
         return with_object_hints(self._value(entry.path), entry)
+
+    def _alias(self, entry: Entry, target: Node) -> Any:
+        value, key = self._array(target), entry.hints.get("object")
+        if key is None:
+            return value
+        place = f"{target.path}\0{key}"
+        if place not in self._arrays:
+            self._arrays[place] = with_object_hints(_another_object(value), entry)
+        return self._arrays[place]
 
     def _part(self, node: Node) -> Any:
         if node.entry is None or node.entry.kind not in _ARRAY_LIKE:
@@ -225,9 +225,7 @@ def make_view(entry: Entry, storage: Any) -> Any:
     if offset + low < 0 or offset + high > storage_bytes:
         raise FormatError(f"{where}: reaches to byte {offset + high} of a storage of {storage_bytes}")
     if is_numpy:
-        return np.ndarray(
-            entry.shape, numpy_dtype(entry, where), buffer=storage, offset=offset, strides=stride
-        )
+        return np.ndarray(entry.shape, numpy_dtype(entry, where), buffer=storage, offset=offset, strides=stride)
     return _tensor_view(entry, storage, offset, stride)
 
 
@@ -236,9 +234,7 @@ def _tensor_view(entry: Entry, storage: Any, offset: int, stride: list[int]) -> 
     torch = require_torch(where)
     item_bytes = element_bytes(entry, where)
     if any(step % item_bytes or step < 0 for step in (offset, *stride)):
-        raise FormatError(
-            f"{where}: offset {offset} and strides {stride} are not whole elements of {item_bytes} bytes"
-        )
+        raise FormatError(f"{where}: offset {offset} and strides {stride} are not whole elements of {item_bytes} bytes")
     empty = torch.empty(0, dtype=torch_dtype(entry.dtype, where), device=storage.device)
     first = storage.storage_offset() * storage.element_size() + offset
     view = empty.set_(
@@ -289,16 +285,12 @@ def _kept_paths(tree: Tree, keep: Callable[[str], bool]) -> set[str]:
     return kept
 
 
-_Moved = dict[str, tuple[str, bool]]
-"""Path of a left-out target → the kept path that took its place, and whether that was the same object as the
-target.
-"""
+_Moved = dict[str, tuple[str, str]]
+"""Path of a left-out target → the kept path that took its place, and the key of the object that stood there."""
 
 
 def _selected(tree: Tree, node: Node, path: str, kept: set[str], moved: _Moved) -> Iterator[Entry]:
-    """The entry of a kept node; in place of an alias whose target is left out, the target's entries under its
-    path.
-    """
+    """The entry of a kept node; for an alias whose target is left out, the target's entries under its path."""
     entry = node.entry
     assert entry is not None
     target = tree.resolve(node)
@@ -306,14 +298,13 @@ def _selected(tree: Tree, node: Node, path: str, kept: set[str], moved: _Moved) 
         yield entry
         return
     if all(part.path in kept for part in target.walk()):
-        hints = entry.hints if target is not node else {**_own_hints(entry), "distinct": True}
-        yield Entry(path, Kind.ALIAS, attrs={"target": target.path}, hints=hints)
+        yield Entry(path, Kind.ALIAS, attrs={"target": target.path}, hints=entry.hints if target is not node else {})
         return
-    is_target = target is node or not entry.hints.get("distinct")
-    first, first_is_target = moved.setdefault(target.path, (path, is_target))
-    own = _own_hints(target.entry if is_target else entry)
+    object_key = target.path if target is node else str(entry.hints.get("object", target.path))
+    first, first_key = moved.setdefault(target.path, (path, object_key))
+    own = _own_hints(target.entry if object_key == target.path else entry)
     if first != path:
-        hints = {} if is_target and first_is_target else {**own, "distinct": True}
+        hints = {} if object_key == first_key else {**own, "object": object_key}
         yield Entry(path, Kind.ALIAS, attrs={"target": first}, hints=hints)
         return
     memory = {name: hint for name, hint in target.entry.hints.items() if name in _MEMORY_HINTS}
@@ -327,9 +318,7 @@ _MEMORY_HINTS = frozenset({"stride", "device"})
 
 def _own_hints(entry: Entry) -> dict[str, Any]:
     """Hints of the object, without those of its memory."""
-    return {
-        name: hint for name, hint in entry.hints.items() if name not in _MEMORY_HINTS and name != "distinct"
-    }
+    return {name: hint for name, hint in entry.hints.items() if name not in _MEMORY_HINTS and name != "object"}
 
 
 def slice_rows(entry: Entry, start: int, stop: int) -> tuple[Entry, int]:

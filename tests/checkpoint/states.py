@@ -24,7 +24,7 @@ def training_state(seed: int, *, frozen_bytes: int = 40_000, moving_bytes: int =
             "head": generator.standard_normal((30, 20)),
         },
         "optimizer": {"state": {0: {"step": seed, "exp_avg": generator.standard_normal(500)}, 1: {"step": seed + 1}}},
-        "rng": random.Random(seed).getstate(),
+        "rng": (3, tuple(random.Random(seed).getstate()[1][:40]), None),
         "epoch": seed / 3,
         "note": f"step {seed}, " + "long text " * 40,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from castore.format.config import FORMAT_VERSION, OPERATIONS, Config, decode_con
 from castore.format.textfile import decode_text_file, encode_text_file
 from castore.options import RepositoryOptions
 from tests.suites.golden import assert_golden
+from tests.suites.sealed import sealed_text
 
 NO_FEATURES: dict[Any, frozenset[str]] = dict.fromkeys(OPERATIONS, frozenset())
 CONFIG = Config(bytes(range(16)), RepositoryOptions(), 1_700_000_000_000_000_000, NO_FEATURES)
@@ -30,7 +32,7 @@ def test_the_bytes_are_pinned() -> None:
         b'{"compression":"auto","created_ns":1700000000000000000,"features":{"gc":[],"read":[],"write":[]},"format":0,'
         b'"hash":"xxh3-128","id":"000102030405060708090a0b0c0d0e0f","lease_s":60.0,"orphan_grace_s":1209600.0}'
     )
-    assert_golden(encode_config(CONFIG), (line + b"\nxxh3-128:__DIGEST__\n").hex())
+    assert_golden(encode_config(CONFIG), (line + b"\nxxh3-128:fc55f2cd33291acdd07cc261e7d93fd2\n").hex())
 
 
 @pytest.mark.parametrize(
@@ -107,18 +109,19 @@ def test_an_unknown_algorithm_of_any_type_is_a_typed_error(fields: dict[str, Any
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "1e999"])
 def test_seconds_that_json_does_not_know_are_refused(text: str) -> None:
     line = encode_config(CONFIG).splitlines()[0].replace(b"60.0", text.encode())
-    from tests.format.test_textfile import sealed
 
     with pytest.raises(FormatError, match="seconds above 0"):
-        decode_config(sealed(line), where="config")
+        decode_config(sealed_text(line), where="config")
 
 
-@given(st.dictionaries(st.sampled_from(["format", "id", "hash", "features", "lease_s"]), st.none() | st.integers() | st.text()))
+@given(
+    st.dictionaries(
+        st.sampled_from(["format", "id", "hash", "features", "lease_s"]), st.none() | st.integers() | st.text()
+    )
+)
 def test_any_fields_give_a_config_or_a_typed_error(fields: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(DamageError, UnsupportedFormatError):
         decode_config(changed(**fields), where="config")
-    except (DamageError, UnsupportedFormatError):
-        pass
 
 
 def test_a_feature_that_is_not_known_refuses_only_its_operation() -> None:

@@ -56,7 +56,14 @@ def test_names_of_packs_are_parsed_and_strangers_are_none() -> None:
 def test_names_of_snapshots_are_parsed_and_strangers_are_none() -> None:
     for digits in (32, 64):
         assert parse_snapshot_name("snapshots/" + "a" * digits) == "a" * digits
-    for name in ("", "a" * 32, "snapshots/", "snapshots/" + "a" * 33, "snapshots/x/" + "a" * 32, "snapshots/" + "A" * 32):
+    for name in (
+        "",
+        "a" * 32,
+        "snapshots/",
+        "snapshots/" + "a" * 33,
+        "snapshots/x/" + "a" * 32,
+        "snapshots/" + "A" * 32,
+    ):
         assert parse_snapshot_name(name) is None, name
 
 
@@ -102,7 +109,9 @@ def test_file_names_that_no_ref_has_are_format_errors(encoded: str) -> None:
         assert encode_ref_name(name) == encoded
 
 
-@pytest.mark.parametrize("encoded", ["Main", "%4dain", "%6D", "%", "%4", "%ZZ", "%FF", "a.b", "a b", "é", "\ud800", "a" * 241])
+@pytest.mark.parametrize(
+    "encoded", ["Main", "%4dain", "%6D", "%", "%4", "%ZZ", "%FF", "a.b", "a b", "é", "\ud800", "a" * 241]
+)
 def test_other_spellings_are_refused(encoded: str) -> None:
     with pytest.raises(FormatError, match="is not an encoded ref name"):
         decode_ref_name(encoded)

@@ -57,9 +57,7 @@ def test_a_link_is_followed_to_where_it_leads(tmp_path: Path) -> None:
     assert file_system_type(tmp_path / "link" / "x", MOUNTS) == "lustre"
 
 
-@pytest.mark.parametrize(
-    "name", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "fuse.sshfs", "fuse.s3fs", "lustre"]
-)
+@pytest.mark.parametrize("name", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse", "fuse.sshfs", "fuse.s3fs", "lustre"])
 def test_network_file_systems(name: str) -> None:
     assert is_network(name)
 
@@ -71,12 +69,8 @@ def test_local_file_systems(name: str) -> None:
 
 def test_the_users_cache_directory() -> None:
     name = REPOSITORY_ID.hex()
-    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path(
-        "/c/castore", name
-    )
-    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "c", "HOME": "/h"}) == Path(
-        "/h/.cache/castore", name
-    )
+    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "/c", "HOME": "/h"}) == Path("/c/castore", name)
+    assert user_cache_directory(REPOSITORY_ID, {"XDG_CACHE_HOME": "c", "HOME": "/h"}) == Path("/h/.cache/castore", name)
     assert user_cache_directory(REPOSITORY_ID, {"HOME": "/h"}) == Path("/h/.cache/castore", name)
     assert user_cache_directory(REPOSITORY_ID, {}) is None
 
@@ -90,17 +84,13 @@ class TestChoice:
         mounts = "1 0 0:1 / / rw - ext4 /dev/vda rw\n" + "".join(
             f"9 1 0:9 / {path} rw - nfs4 server:/ rw\n" for path in network
         )
-        return cache_directory_for(
-            repository, REPOSITORY_ID, mount_table=mounts, environ={"XDG_CACHE_HOME": str(user)}
-        )
+        return cache_directory_for(repository, REPOSITORY_ID, mount_table=mounts, environ={"XDG_CACHE_HOME": str(user)})
 
     def test_beside_the_repository(self, tmp_path: Path, user: Path) -> None:
         assert self.choose(tmp_path / "repo", user) == tmp_path / "repo" / "cache"
         assert not user.exists()
 
-    def test_in_the_users_cache_when_the_repository_is_on_the_network(
-        self, tmp_path: Path, user: Path
-    ) -> None:
+    def test_in_the_users_cache_when_the_repository_is_on_the_network(self, tmp_path: Path, user: Path) -> None:
         found = self.choose(tmp_path / "repo", user, tmp_path / "repo")
         assert found == user / "castore" / REPOSITORY_ID.hex()
         assert found.is_dir()
@@ -173,9 +163,7 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "none").write_bytes(b"")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False, capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False, capture_output=True)
     if mounted.returncode:
         pytest.skip("this user may not mount a small disk")
     yield disk

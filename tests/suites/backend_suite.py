@@ -190,12 +190,8 @@ class BackendSuite:
         assert reader.read(100, 0) == b""
         reader.close()
 
-    @pytest.mark.parametrize(
-        ("offset", "size", "found"), [(7, 4, 3), (10, 1, 0), (2**63, 1, 0), (0, 2**62, 10)]
-    )
-    def test_a_range_beyond_the_end_is_damage(
-        self, backend: Backend, offset: int, size: int, found: int
-    ) -> None:
+    @pytest.mark.parametrize(("offset", "size", "found"), [(7, 4, 3), (10, 1, 0), (2**63, 1, 0), (0, 2**62, 10)])
+    def test_a_range_beyond_the_end_is_damage(self, backend: Backend, offset: int, size: int, found: int) -> None:
         backend.put_if_absent("packs/x", b"0123456789")
         reader = backend.open_reader("packs/x")
         message = f"packs/x: read at offset {offset}: expected {size} bytes, found {found}"
@@ -307,9 +303,7 @@ class BackendSuite:
         claim = backend.claim("leases/a.lease", b"who")
         assert claim.name == "leases/a.lease"
         for _ in range(2):  # looking does not take it
-            assert [(c.name, c.data, c.held) for c in backend.claims("leases/")] == [
-                ("leases/a.lease", b"who", True)
-            ]
+            assert [(c.name, c.data, c.held) for c in backend.claims("leases/")] == [("leases/a.lease", b"who", True)]
         claim.release()
         claim.release()
         assert backend.claims("leases/") == []

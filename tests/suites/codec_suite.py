@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -135,10 +136,8 @@ class CodecSuite:
     @inherited
     @given(stored=st.binary(max_size=200), raw_bytes=st.integers(0, 3000))
     def test_garbage_is_refused_by_a_typed_error(self, stored: bytes, raw_bytes: int) -> None:
-        try:
+        with contextlib.suppress(REFUSALS):
             decoded(self.codec, stored, raw_bytes)
-        except REFUSALS:
-            pass
 
     def test_damaged_encodings_are_refused_by_a_typed_error_or_decode_to_the_length(self) -> None:
         rng = random.Random(1)
@@ -150,10 +149,8 @@ class CodecSuite:
                 for _ in range(rng.randrange(1, 4)):
                     damaged[rng.randrange(min(len(damaged), 64))] = rng.randrange(256)
                 cut = rng.randrange(len(damaged) + 1) if rng.random() < 0.3 else len(damaged)
-                try:
+                with contextlib.suppress(REFUSALS):
                     decoded(self.codec, bytes(damaged[:cut]), len(raw))
-                except REFUSALS:
-                    pass
 
     def test_another_length_than_was_encoded_is_refused(self) -> None:
         for raw, elements in self.examples():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import threading
 from collections.abc import Iterable, Sequence
@@ -12,11 +13,13 @@ from castore.ids import ChunkId, PackId
 from castore.index import Index, Location
 
 
+@functools.cache
 def chunk(number: int, *, id_bytes: int = 16) -> ChunkId:
     """Spread over the id space, as digests are."""
     return ChunkId(random.Random(number).randbytes(id_bytes))
 
 
+@functools.cache
 def pack(number: int) -> PackId:
     return PackId(random.Random(-1 - number).randbytes(16).hex())
 
@@ -77,9 +80,7 @@ class IndexSuite:
             [chunk(number)] if number < 10 else [] for number in numbers
         ]
 
-    def test_a_chunk_in_several_packs_is_found_in_all_of_them_in_the_order_of_adding(
-        self, index: Index
-    ) -> None:
+    def test_a_chunk_in_several_packs_is_found_in_all_of_them_in_the_order_of_adding(self, index: Index) -> None:
         numbers = [5, 1, 9, 3]
         for number in numbers:
             index.add({pack(number): table([number, 100])})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from castore.format.identity import leaf_digest
 from castore.format.manifest import Entry, Kind, decode_part, encode_part
 from castore.hashing import hasher_for
 from castore.options import INLINE_BYTES_MAX
@@ -102,12 +103,16 @@ def _ids(data: bytes) -> bytes:
     return hasher_for("xxh3-128").digest(data)
 
 
+def _digest(data: bytes) -> bytes:
+    return leaf_digest(hasher_for("xxh3-128"), len(data), _ids(data) if data else b"")
+
+
 def _through_manifest(flat: FlatState, data: Mapping[str, bytes]) -> tuple[Entry, ...]:
     """Entries with bytes and ids filled in, encoded and decoded again (leaves here are shorter than a chunk)."""
     filled = []
     for entry in flat.entries:
         if entry.kind is Kind.VIEW:
-            entry = replace(entry, digest=_ids(data[entry.path]))
+            entry = replace(entry, digest=_digest(data[entry.path]))
         elif entry.has_bytes and entry.raw_bytes <= INLINE_BYTES_MAX:
             entry = replace(entry, inline=data[entry.path])
         elif entry.has_bytes:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -23,7 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.eye(2).to_sparse_csr()
     torch.empty(1, dtype=torch.complex32)
-    torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8)
+    copy.deepcopy(torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8))
 
 Plain = namedtuple("Plain", ["first", "second"])  # noqa: PYI024  the untyped way is what is tested
 

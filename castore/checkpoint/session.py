@@ -1,0 +1,149 @@
+"""One save's dealings with the store: what is there already, what new chunks rest on, writing, and healing.
+
+The invariant that heal() keeps: every chunk of the snapshot, bases included, lies in a pack that stands and is not
+condemned, as of a look taken after the snapshot became visible.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+
+from castore.checkpoint.bases import Base, candidates, closure, plan_bases, reference_of
+from castore.checkpoint.plan import Source, Write
+from castore.chunk_writer import BaseSource, ChunkWriter
+from castore.errors import DamageError, RefError
+from castore.format.manifest import Entry
+from castore.ids import Buffer, ChunkId, SnapshotId
+from castore.index import Location
+from castore.leases import condemned_packs
+from castore.options import GRID_BYTES
+from castore.repository import Handle
+from castore.snapshots import read_record
+from castore.store import Locations, list_packs
+
+
+class WriteSession:
+    """Looks up, writes and heals the chunks of one snapshot, under its writer lease."""
+
+    def __init__(self, handle: Handle, now_ns: int) -> None:
+        self.handle = handle
+        self.now_ns = now_ns
+        self._condemned = condemned_packs(handle.backend)
+        handle.store.refresh()
+        self._sources: Mapping[ChunkId, Source] = {}
+        self._bases: Mapping[ChunkId, Base] = {}
+        self._relied_on: dict[ChunkId, Locations] = {}
+        """Chunks of the snapshot and the locations they rest on, bases included."""
+        self._writer: ChunkWriter | None = None
+
+    def find_present(self, sources: Mapping[ChunkId, Source]) -> frozenset[ChunkId]:
+        """The chunks that lie, with their bases, in packs of a listing taken under our lease that are not condemned."""
+        self._sources = sources
+        self._relied_on = closure(sources, self.handle.store, self._condemned)
+        return frozenset(self._relied_on)
+
+    def plan_deltas(self, entries: Iterable[Entry], parent: SnapshotId | None) -> None:
+        """Choose bases from the parent snapshot. A parent that cannot be read only costs the differences."""
+        if parent is None or self.handle.config.options.compression != "auto":
+            return
+        with suppress(DamageError, RefError):
+            parents = self.handle.manifests.entries(read_record(self.handle.backend, parent))
+            wanted = candidates(entries, parents, id_bytes=self.handle.hasher.digest_bytes)
+            fresh = {chunk_id: base for chunk_id, base in wanted.items() if chunk_id not in self._relied_on}
+            self._bases = plan_bases(fresh, self.handle.store, self._condemned)
+
+    def write(self, writes: Iterable[Write], *, progress: Callable[[int], None]) -> int:
+        """Write chunks into new packs, durably, and add them to the index; returns the bytes of the packs."""
+        handle = self.handle
+        keeps_bases = handle.config.options.compression == "auto"
+        self._writer = ChunkWriter(
+            handle.backend,
+            handle.hasher,
+            handle.config.repository_id,
+            compression=handle.config.options.compression,
+            now_ns=self.now_ns,
+            keep_base=handle.bases.put if keeps_bases else None,
+        )
+        for write in writes:
+            if write.as_run:
+                chunks = [(chunk_id, source.read) for chunk_id, source in write.chunks]
+                payload_bytes = sum(source.raw_bytes for _, source in write.chunks)
+                self._writer.put_run(chunks, kind=write.chunks[0][1].kind, payload_bytes=payload_bytes)
+            else:
+                for chunk_id, source in write.chunks:
+                    self._put(self._writer, chunk_id, source)
+            progress(sum(source.raw_bytes for _, source in write.chunks))
+        sealed = self._writer.finish()
+        if sealed:
+            handle.store.add({pack.pack_id: pack.rows for pack in sealed})
+        for pack in sealed:
+            for row in pack.rows:
+                below = self._bases[row.chunk_id].rests_on if row.base_id is not None else ()
+                self._relied_on[row.chunk_id] = (Location(pack.pack_id, row), *below)
+        return sum(pack.pack_bytes for pack in sealed)
+
+    def heal(self) -> None:
+        """Publish, then check: write again what was collected since we looked, until all of it is there."""
+        while True:
+            # In this order: a pack condemned after this look is condemned after our root became visible, so that the
+            # collector saves what we need. The other way round, one could be deleted and forgotten between the two.
+            condemned = condemned_packs(self.handle.backend)
+            usable = list_packs(self.handle.backend) - condemned
+            lost = [
+                chunk_id
+                for chunk_id, rests_on in self._relied_on.items()
+                if any(location.pack_id not in usable for location in rests_on)
+            ]
+            if not lost:
+                return
+            self._bases = {}  # by themselves: what they would rest on may be going too
+            writes = [Write(((chunk_id, self._sources[chunk_id]),), as_run=False) for chunk_id in lost]
+            self.write(writes, progress=lambda _: None)
+
+    def remember_bases(self, chunk_ids: Collection[ChunkId]) -> None:
+        """Keep in memory only what the next save to continue from these chunks will take differences from."""
+        references = (self._relied_on.get(chunk_id) for chunk_id in chunk_ids)
+        self.handle.bases.keep_only({reference_of(rests_on) for rests_on in references if rests_on})
+
+    def abort(self) -> None:
+        """Leave no half-written pack behind."""
+        if self._writer is not None:
+            self._writer.abort()
+
+    def _put(self, writer: ChunkWriter, chunk_id: ChunkId, source: Source) -> None:
+        base = self._bases.get(chunk_id)
+        writer.put(
+            chunk_id,
+            source.read,
+            raw_bytes=source.raw_bytes,
+            elements=source.elements,
+            kind=source.kind,
+            base=self._base_source(base, source.raw_bytes) if base is not None else None,
+        )
+
+    def _base_source(self, base: Base, raw_bytes: int) -> BaseSource:
+        """A base from memory, else from the repository, and from then on in memory."""
+        handle = self.handle
+
+        def read() -> Buffer:
+            kept = handle.bases.get(base.chunk_id)
+            if kept is not None:
+                return kept
+            out = memoryview(_memory.buffer)[:raw_bytes]
+            handle.store.read_into(base.chunk_id, base.rests_on[:1], out)
+            handle.bases.put(base.chunk_id, out)
+            return out
+
+        return BaseSource(base.chunk_id, base.depth, read)
+
+
+class _BaseBuffer(threading.local):
+    """Where an encoding thread reads a base that memory does not hold."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(GRID_BYTES)
+
+
+_memory = _BaseBuffer()

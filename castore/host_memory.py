@@ -1,0 +1,129 @@
+"""Copies of chunks in host memory that is used again and again, and the copies kept as delta bases.
+
+Fresh memory costs a page fault every 4 KiB, which is slower than the copy itself. Slots of one chunk are cut from slabs
+that are large enough for huge pages (numpy asks for them) and are kept until the pool is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from castore.ids import Buffer, ChunkId
+from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
+
+_SLAB_SLOTS = 32
+_SMALL_BYTES = 64 * 1024
+"""Below this a slot would waste more than an allocation costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """A copy of one chunk."""
+
+    view: memoryview
+    slot: memoryview | None
+    """The whole slot, to be given back; None when the copy has memory of its own."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the copy occupies."""
+        return len(self.view) if self.slot is None else GRID_BYTES
+
+
+class BufferPool:
+    """Slots of one chunk. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: list[memoryview] = []
+
+    def copy(self, raw: Buffer) -> HostCopy:
+        """Copy at most one chunk. `release` the copy after use."""
+        if len(raw) < _SMALL_BYTES:
+            return HostCopy(memoryview(bytes(raw)), None)
+        slot = self._take()
+        view = slot[: len(raw)]
+        view[:] = raw
+        return HostCopy(view, slot)
+
+    def release(self, copy: HostCopy) -> None:
+        """Give the memory of a copy back; nobody may look at it afterwards."""
+        if copy.slot is not None:
+            with self._lock:
+                self._free.append(copy.slot)
+
+    def _take(self) -> memoryview:
+        with self._lock:
+            if not self._free:
+                import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
+
+                slab = np.empty(_SLAB_SLOTS * GRID_BYTES, np.uint8)
+                self._free = [slab[at * GRID_BYTES : (at + 1) * GRID_BYTES].data for at in range(_SLAB_SLOTS)]
+            return self._free.pop()
+
+
+class BaseMemory:
+    """Raw bytes of chunks that the next save will take differences from, within a budget. Thread-safe.
+
+    The budget is BASE_BUDGET_SHARE of the memory that is available when a copy is kept; what does not fit is read from
+    the repository when it is needed.
+    """
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._copies: dict[ChunkId, HostCopy] = {}
+        self._held_bytes = 0
+        self._budget_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the copies occupy."""
+        return self._held_bytes
+
+    def set_budget(self, budget_bytes: int | None = None) -> None:
+        """Fix the budget for the next copies: the given one, or a share of what is available now beside the copies."""
+        if budget_bytes is None:
+            budget_bytes = int(BASE_BUDGET_SHARE * (available_bytes() + self._held_bytes))
+        self._budget_bytes = budget_bytes
+
+    def get(self, chunk_id: ChunkId) -> memoryview | None:
+        """The raw bytes, valid until the next `keep_only`; None when they are not here."""
+        with self._lock:
+            copy = self._copies.get(chunk_id)
+            return copy.view if copy is not None else None
+
+    def put(self, chunk_id: ChunkId, raw: Buffer) -> None:
+        """Keep a copy, unless it is here already or the budget is spent."""
+        with self._lock:
+            if chunk_id in self._copies or self._held_bytes + GRID_BYTES > self._budget_bytes:
+                return
+        copy = self._pool.copy(raw)
+        with self._lock:
+            if chunk_id not in self._copies:
+                self._copies[chunk_id] = copy
+                self._held_bytes += copy.held_bytes
+                return
+        self._pool.release(copy)
+
+    def keep_only(self, ids: Collection[ChunkId]) -> None:
+        """Drop every other copy."""
+        with self._lock:
+            for chunk_id in self._copies.keys() - set(ids):
+                copy = self._copies.pop(chunk_id)
+                self._held_bytes -= copy.held_bytes
+                self._pool.release(copy)
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping (MemAvailable); 0 where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0

@@ -1,0 +1,1 @@
+"""Scripts of this project: the demo, and broken repositories for the tests. No part of the installed package."""
