@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from castore.api import Repository, init, load, save
     from castore.api import open_ as open
+    from castore.checkpoint.background import PendingSave
     from castore.errors import (
         AmbiguousRefError,
         CastoreError,
+        CastoreWarning,
         ChecksumError,
         ChunkMissingError,
         CodecError,
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
         RepositoryError,
         RepositoryExistsError,
         RepositoryNotFoundError,
+        SlowSaveWarning,
         SnapshotGoneError,
+        StaleSaveWarning,
         StateMismatchError,
         StorageError,
         UnknownClassError,
@@ -52,6 +56,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Leaf": "castore.snapshots",
     "Ref": "castore.refs",
+    "PendingSave": "castore.checkpoint.background",
     "Repository": "castore.api",
     "Snapshot": "castore.snapshots",
     "init": "castore.api",
@@ -63,6 +68,7 @@ _HOMES = {
 __all__ = [
     "AmbiguousRefError",
     "CastoreError",
+    "CastoreWarning",
     "ChecksumError",
     "ChunkMissingError",
     "CodecError",
@@ -77,6 +83,7 @@ __all__ = [
     "NotFoundError",
     "PartialLoadError",
     "PathNotFoundError",
+    "PendingSave",
     "PickleRefusedError",
     "Ref",
     "RefError",
@@ -86,8 +93,10 @@ __all__ = [
     "RepositoryError",
     "RepositoryExistsError",
     "RepositoryNotFoundError",
+    "SlowSaveWarning",
     "Snapshot",
     "SnapshotGoneError",
+    "StaleSaveWarning",
     "StateMismatchError",
     "StorageError",
     "UnknownClassError",

@@ -10,17 +10,23 @@ Thread-safe; a context manager; pickles as its path; may be open many times in o
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from castore.errors import RepositoryNotFoundError
+from castore.errors import RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
 from castore.options import Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
 from castore.repository import Handle, create, open_repository
 from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
+
+if TYPE_CHECKING:
+    from castore.checkpoint.background import BackgroundSaver, PendingSave
+    from castore.checkpoint.request import SaveRequest
+    from castore.checkpoint.stage import StagedState
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -33,6 +39,8 @@ class Repository:
     def __init__(self, path: PathLike, handle: Handle) -> None:
         self._path = Path(path).absolute()
         self._handle = handle
+        self._saver: BackgroundSaver | None = None
+        self._saver_lock = threading.Lock()
 
     # ---- the life of the object --------------------------------------------------------------------------------
 
@@ -52,8 +60,14 @@ class Repository:
         return self._handle
 
     def close(self) -> None:
-        """Close files and the index. Using the object again opens them again."""
-        self._handle.close()
+        """Wait for background saves, then close files and the index. Using the object again opens them again.
+
+        Raises the first error of a background save that nobody has asked for, after everything is closed.
+        """
+        try:
+            self._settle()
+        finally:
+            self._handle.close()
 
     def __enter__(self) -> Self:
         return self
@@ -101,9 +115,59 @@ class Repository:
         from castore.checkpoint.request import SaveRequest
         from castore.checkpoint.save import save
 
+        self._settle()
         request = SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         snapshot = save(self._handle, state, request, progress=progress)
-        return replace(snapshot, _read_leaves=self._read_leaves)
+        return self._bound(snapshot)
+
+    def save_async(
+        self,
+        state: Any,
+        *,
+        branch: str = "main",
+        step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        message: str = "",
+        tags: Sequence[str] = (),
+        parent: str | None = None,
+        allow_pickle: bool = False,
+    ) -> PendingSave:
+        """Save as `save` does, but return as soon as the state has been copied to host memory.
+
+        What is saved is the state at the call: it may change as soon as this returns. The rest goes on in a thread;
+        `result()` of what is returned waits for durability and gives the Snapshot. Saves are committed in the order of
+        the calls, and the interpreter waits for them at its exit. Blocks beyond the copy only while too many saves are
+        waiting (`limit_async`), with one SlowSaveWarning.
+
+        An error of an earlier save that nobody has asked for is raised here, before anything is done; else as `save`.
+        """
+        from castore.checkpoint.request import SaveRequest, check_request
+        from castore.checkpoint.stage import stage
+        from castore.tensors import flatten
+
+        request = check_request(
+            SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
+        )
+        saver = self._background()
+        saver.raise_failure()
+        flat = flatten(state, allow_pickle=allow_pickle)
+        saver.make_room(sum(payload.raw_bytes for payload in flat.payloads if payload is not None))
+        return saver.submit(stage(flat, self._handle.pool), request)
+
+    def limit_async(self, *, in_flight: int = 2, staged_bytes: int | None = None) -> None:
+        """How many saves may be waiting or being written at a time, and how many bytes of host memory their copies may
+        take.
+
+        `staged_bytes=None` stands for half of the available memory. A single save may exceed it, alone.
+        """
+        if in_flight < 1 or (staged_bytes is not None and staged_bytes < 0):
+            raise UsageError(f"expected in_flight >= 1 and staged_bytes >= 0, found {in_flight} and {staged_bytes}")
+        self._background().set_limits(in_flight_max=in_flight, staged_bytes_max=staged_bytes)
+
+    def wait(self) -> None:
+        """Wait until every `save_async` of this object is durable; raises the first error that nobody has asked for."""
+        self._settle()
 
     def load(
         self,
@@ -262,6 +326,29 @@ class Repository:
         return reindex(self._handle, progress=progress)
 
     # ---- private -------------------------------------------------------------------------------------------------
+
+    def _background(self) -> BackgroundSaver:
+        """The saver of this process: a forked child has its own."""
+        from castore.checkpoint.background import BackgroundSaver, wait_at_exit
+        from castore.checkpoint.save import save_flat
+
+        def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
+            return self._bound(save_flat(self._handle, staged.flat, request, progress=progress))
+
+        with self._saver_lock:
+            if self._saver is None or not self._saver.is_of_this_process:
+                self._saver = BackgroundSaver(carry)
+                wait_at_exit(self._saver)
+            return self._saver
+
+    def _settle(self) -> None:
+        """Let background saves end, so that what follows continues from them; raise what went wrong."""
+        if self._saver is not None:
+            self._saver.wait()
+            self._saver.raise_failure()
+
+    def _bound(self, snapshot: Snapshot) -> Snapshot:
+        return replace(snapshot, _read_leaves=self._read_leaves)
 
     def _resolve(self, ref: str) -> SnapshotId:
         """The snapshot of a ref; a branch that is loaded is from now on the head this object has seen."""

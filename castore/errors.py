@@ -226,3 +226,17 @@ class NoSpaceError(StorageError):
 
 class NotFoundError(StorageError, FileNotFoundError):
     """The backend holds nothing of that name."""
+
+
+class CastoreWarning(UserWarning):
+    """Base of everything that castore warns of."""
+
+
+class StaleSaveWarning(CastoreWarning):
+    """The step moved on, but every tensor is bit for bit what the parent snapshot holds: training may not be
+    running.
+    """
+
+
+class SlowSaveWarning(CastoreWarning):
+    """Saves are asked for faster than they can be written, so the training step waits."""

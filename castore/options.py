@@ -59,6 +59,11 @@ BASE_BUDGET_SHARE = 0.25
 """Of the available memory, what copies of delta bases may occupy. A state that is a modest part of the memory fits; for
 a larger one the rest of the bases is read from the repository."""
 
+ASYNC_IN_FLIGHT_MAX = 2
+"""Saves that may wait or be written at a time: one being written, one staged."""
+STAGED_BUDGET_SHARE = 0.5
+"""Of the available memory, what staged states may occupy."""
+
 HashName = Literal["xxh3-128", "blake3"]
 Compression = Literal["auto", "lz4", "none"]
 HASH_NAMES: tuple[HashName, ...] = get_args(HashName)

@@ -57,6 +57,7 @@ class Handle:
         self._pid = os.getpid()
         self._store: ChunkStore | None = None
         self._manifests: ManifestReader | None = None
+        self.pool = BufferPool()
         self._bases: BaseMemory | None = None
         self._heads: dict[str, Head] = {}
 
@@ -83,7 +84,7 @@ class Handle:
         """Raw bytes kept in memory for the differences of the next save."""
         with self._unshared_lock():
             if self._bases is None:
-                self._bases = BaseMemory(BufferPool())
+                self._bases = BaseMemory(self.pool)
             return self._bases
 
     def seen_head(self, branch: str) -> Head | None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the weights come with a package: nothing may be fetched
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin for one another make a shared machine crawl
 
 import numpy as np
 import torch

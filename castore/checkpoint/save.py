@@ -31,7 +31,7 @@ from castore.leases import writer_lease
 from castore.refs import check_free, check_tag_free, create_tag, move_branch, read_branch, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, leaf_table, make_snapshot, write_record
-from castore.tensors import flatten
+from castore.tensors import FlatState, flatten
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from the saving thread, so it must be quick."""
@@ -47,8 +47,12 @@ def save(handle: Handle, state: Any, request: SaveRequest, *, progress: Progress
     says that it has moved (a tag could not be made, a directory not be synced).
     """
     request = check_request(request)
+    return save_flat(handle, flatten(state, allow_pickle=request.allow_pickle), request, progress=progress)
+
+
+def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress: Progress | None) -> Snapshot:
+    """Save a flat state, live or staged; `request` has been checked. Else as `save`."""
     handle.config.check_features("write", where=handle.backend.location)
-    flat = flatten(state, allow_pickle=request.allow_pickle)
     now_ns = handle.clock()
     with writer_lease(handle.backend, purpose="save", now_ns=now_ns):
         parent = _expected_head(handle, request)

@@ -183,15 +183,17 @@ def _summary_text(summary: Mapping[str, Any]) -> str:
 
 
 def _chunk_table(chunks: Sequence[StoredChunk]) -> Table:
-    table = Table((">#", "CHUNK", ">RAW", ">STORED", "CODEC", "PACK", ">OFFSET", ">COPIES"))
+    table = Table((">#", "CHUNK", ">RAW", ">STORED", "CODEC", "BASE", ">DEPTH", "PACK", ">OFFSET", ">COPIES"))
     for index, chunk in enumerate(chunks):
         table.add(
             str(index),
-            chunk.chunk_id[: 2 * ID_DIGITS],
+            chunk.chunk_id[:ID_DIGITS],
             size(chunk.raw_bytes),
             size(chunk.stored_bytes),
             chunk.codec + (" (run)" if chunk.in_run else ""),
-            chunk.pack[: 2 * ID_DIGITS],
+            (chunk.base or "-")[:ID_DIGITS],
+            str(chunk.depth),
+            chunk.pack[:ID_DIGITS],
             str(chunk.offset),
             str(chunk.copies),
         )

@@ -57,6 +57,10 @@ class StoredChunk:
     pack: str
     offset: int
     in_run: bool
+    base: str | None
+    """Chunk id of the delta base."""
+    depth: int
+    """How many bases must be read first."""
     copies: int
     """How many packs hold it."""
 
@@ -151,7 +155,7 @@ def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
     for index, chunk_id in enumerate(ids):
         hits, raw_bytes = locations[chunk_id], chunk_bytes(entry.raw_bytes, index)
         if not hits:
-            chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, 0))
+            chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, None, 0, 0))
             continue
         row = hits[0].row
         chunks.append(
@@ -163,6 +167,8 @@ def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
                 hits[0].pack_id,
                 row.offset,
                 row.in_run,
+                row.base_id.hex() if row.base_id else None,
+                row.depth,
                 len(hits),
             )
         )

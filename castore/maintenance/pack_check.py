@@ -21,7 +21,7 @@ from castore.codec.registry import decode_chain
 from castore.errors import CastoreError, NotFoundError
 from castore.format.layout import pack_name
 from castore.format.pack import HEADER_BYTES, RUN_FIXED_BYTES, Row, aligned
-from castore.hashing import CHECKSUM_BYTES, Hasher
+from castore.hashing import CHECKSUM_BYTES
 from castore.ids import ChunkId, PackId
 from castore.index.base import Location
 from castore.maintenance.report import Findings, some
@@ -29,7 +29,7 @@ from castore.maintenance.tables import read_rows, scan_rows
 from castore.options import MIB, PAGE_BYTES
 from castore.pack.reader import read_header
 from castore.repository import Handle
-from castore.store import check_stored
+from castore.store import ChunkStore, check_stored
 
 _BATCH_BYTES = 4 * MIB
 """Stored bytes that a thread takes at a time: handing over costs nothing, and progress is seen."""
@@ -212,7 +212,7 @@ class _PackCheck:
         """Every row with what is wrong with its bytes; threads read ahead, at most two batches each."""
         pending: deque[Future[list[tuple[Row, str]]]] = deque()
         for batch in _batches(rows):
-            pending.append(pool.submit(_check_batch, self._reader, batch, self._handle.hasher))
+            pending.append(pool.submit(_check_batch, self._reader, batch, self._handle.store))
             if len(pending) >= 2 * worker_count():
                 yield from pending.popleft().result()
         for future in pending:
@@ -274,12 +274,12 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
-def _check_batch(reader: RangeReader, rows: Sequence[Row], hasher: Hasher) -> list[tuple[Row, str]]:
+def _check_batch(reader: RangeReader, rows: Sequence[Row], store: ChunkStore) -> list[tuple[Row, str]]:
     """Each row with what is wrong with its bytes; empty when nothing is."""
-    return [(row, _check_record(reader, row, hasher)) for row in rows]
+    return [(row, _check_record(reader, row, store)) for row in rows]
 
 
-def _check_record(reader: RangeReader, row: Row, hasher: Hasher) -> str:
+def _check_record(reader: RangeReader, row: Row, store: ChunkStore) -> str:
     where = _where(row)
     if len(_memory.stored) < row.stored_bytes:
         _memory.stored = bytearray(row.stored_bytes)
@@ -290,11 +290,12 @@ def _check_record(reader: RangeReader, row: Row, hasher: Hasher) -> str:
         reader.read_into(row.offset, stored)
         check_stored(row, stored, where=where)
         if row.chain:
-            decode_chain(row.chain, stored, raw)
+            base = store.read_base(row, where=where, verify=True) if row.base_id is not None else None
+            decode_chain(row.chain, stored, raw, base=base)
     except CastoreError as error:
         message = str(error)
         return message if message.startswith(where) else f"{where}: {message}"
-    found = hasher.digest(raw if row.chain else stored)
+    found = store.hasher.digest(raw if row.chain else stored)
     if found != row.chunk_id:
         return f"{where}: the checksum is right, the bytes hash to {found.hex()}: wrong since they were written"
     return ""

@@ -1,0 +1,61 @@
+"""Stage a state: copy its bytes to host memory, so that training may go on changing it while the copy is being saved.
+
+Copies go into slots of the handle's pool, which are reused by the next save. Tensors on a CUDA device are copied into
+pinned memory on a stream of their own, all together, and waited for once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from castore.checkpoint.plan import grid
+from castore.host_memory import BufferPool, HostCopy
+from castore.options import GRID_BYTES
+from castore.tensors import FlatState, Payload
+
+
+@dataclass(frozen=True, slots=True)
+class StagedPayload:
+    """The bytes of one leaf in host memory, one copy for each chunk of the grid."""
+
+    raw_bytes: int
+    item_bytes: int
+    is_float: bool
+    copies: tuple[HostCopy, ...]
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """A range within one chunk, without a copy."""
+        index = start // GRID_BYTES
+        first = index * GRID_BYTES
+        return self.copies[index].view[start - first : stop - first] if self.copies else memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class StagedState:
+    """A flat state whose payloads no longer refer to the live state."""
+
+    flat: FlatState
+    staged_bytes: int
+    release: Callable[[], None]
+    """Give the memory back to the pool; call once, when the save is over."""
+
+
+def stage(flat: FlatState, pool: BufferPool) -> StagedState:
+    """Copy every payload. Returns when the last byte has arrived in host memory."""
+    copies: list[HostCopy] = []
+    staged: list[Payload | None] = []
+    for payload in flat.payloads:
+        if payload is None:
+            staged.append(None)
+            continue
+        own = tuple(pool.copy(payload.read(start, stop)) for start, stop in grid(payload.raw_bytes))
+        copies.extend(own)
+        staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, own))
+
+    def release() -> None:
+        for copy in copies:
+            pool.release(copy)
+
+    total = sum(payload.raw_bytes for payload in staged if payload is not None)
+    return StagedState(FlatState(flat.entries, tuple(staged)), total, release)
