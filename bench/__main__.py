@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,17 +38,21 @@ def main(arguments: Sequence[str]) -> int:
         scratch=options.scratch or options.cache / "scratch",
         command=arguments,
     )
+
+    def keep(results: dict[str, Any]) -> None:
+        for path in (options.json, HOME / "results.json" if options.write_results else None):
+            if path:
+                path.write_text(json.dumps(results, indent=1) + "\n")
+
+    faulthandler.enable()  # contestants are native code: a crash must leave a trace
     try:
-        results = run(settings, _log)
+        results = run(settings, _log, keep)
     except ValueError as error:
         parser.error(str(error))
     text = report.markdown(results)
     sys.stdout.write(text)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
     if options.write_results:
         (HOME / "RESULTS.md").write_text(text)
-        (HOME / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     return 0 if _sound(results) else 1
 
 

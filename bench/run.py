@@ -43,8 +43,8 @@ class Settings:
     command: Sequence[str]
 
 
-def run(settings: Settings, log: Callable[[str], None]) -> Results:
-    """Measure everything in `settings`."""
+def run(settings: Settings, log: Callable[[str], None], keep: Callable[[Results], None]) -> Results:
+    """Measure everything in `settings`; `keep` gets what there is after each workload, since a run takes long."""
     torch.set_num_threads(THREADS)
     settings.scratch.mkdir(parents=True, exist_ok=True)
     file_system = measure.file_system(settings.scratch)
@@ -53,8 +53,13 @@ def run(settings: Settings, log: Callable[[str], None]) -> Results:
             f"{settings.scratch} lies in memory ({file_system}): choose a directory on a disk with --scratch"
         )
     contestants = _present(settings.contestants, log)
-    measured = {name: _workload(name, contestants, settings, log) for name in settings.workloads}
-    return {"about": _about(settings, contestants, file_system), "workloads": measured}
+    measured: Results = {}
+    results: Results = {}
+    for name in settings.workloads:
+        measured[name] = _workload(name, contestants, settings, log)
+        results = {"about": _about(settings, contestants, file_system), "workloads": measured}
+        keep(results)
+    return results
 
 
 def _present(names: Sequence[str], log: Callable[[str], None]) -> list[type[Contestant]]:

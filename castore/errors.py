@@ -31,6 +31,10 @@ CastoreError
     ├── NoSpaceError               the disk is full; nothing was committed
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
 
+CastoreWarning                     (a UserWarning)
+├── SlowSaveWarning                saves are asked for faster than they can be written
+└── StaleSaveWarning               the step moved, but no tensor changed
+
 A message says where, what was expected, what was found, and the next step. Errors pickle and carry their facts as
 attributes.
 """

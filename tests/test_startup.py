@@ -18,8 +18,8 @@ STARTUP_S_MAX = 0.150
 ATTEMPTS = 30
 """The fastest counts, in processor time: on a busy machine the rest measures the neighbours."""
 BUSY_FACTOR = 1.5
-"""With more runnable processes than cores, cold caches make the same start slower: the fastest `log` measured on 2 cores
-took 0.14 s at a load of 4 and 0.19 s at a load of 7."""
+"""With more runnable processes than cores, cold caches make the same start slower: the fastest `log` on 2 cores took
+0.14 s at a load of 4, and 0.19 s at a load of 7."""
 
 WITHOUT_TENSORS = [
     ["log"],

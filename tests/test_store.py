@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from castore.backend import LocalBackend, MemoryBackend
 from castore.backend.base import Backend, RangeReader
 from castore.codec.base import Elements
+from castore.codec.chooser import encode_chunk
 from castore.errors import (
     ChecksumError,
     ChunkMissingError,
@@ -275,6 +277,123 @@ def test_a_disk_that_refuses_one_place_is_passed_over() -> None:
     store.refresh()
     backend.refuse = pack_name(pack_id(1))
     assert read(store) == ONE
+
+
+# ---- bases -------------------------------------------------------------------------------------------------
+
+BASE = np.random.default_rng(1).standard_normal(5000).astype("<f4").tobytes()
+DELTA = (np.frombuffer(BASE, "<f4") * np.float32(1.0001)).tobytes()
+SECOND = (np.frombuffer(DELTA, "<f4") * np.float32(1.0001)).tobytes()
+FLOAT = Elements(4, is_float=True)
+
+
+def write_delta(
+    backend: Backend, raw: bytes, base: bytes, *, depth: int, number: int, base_id: ChunkId | None = None
+) -> Row:
+    """A pack with one record that rests on a base."""
+    chunk_id = HASHER.chunk_id(raw)
+    encoded = encode_chunk(raw, FLOAT, "auto", chunk_id=chunk_id, hasher=HASHER, base=base)
+    assert encoded.rests_on_base
+    writer = new_writer(backend, number)
+    row = writer.append(
+        chunk_id,
+        encoded.payload,
+        kind=RecordKind.LEAF,
+        raw_bytes=len(raw),
+        chain=encoded.chain,
+        base_id=base_id or HASHER.chunk_id(base),
+        depth=depth,
+    )
+    writer.seal()
+    return row
+
+
+def delta_packs() -> MemoryBackend:
+    """The base in packs 1 and 2, a difference in 3, a difference from that in 4."""
+    backend = MemoryBackend()
+    write_pack(backend, [BASE], number=1, compression="auto", elements=FLOAT)
+    write_pack(backend, [BASE], number=2)
+    write_delta(backend, DELTA, BASE, depth=1, number=3)
+    write_delta(backend, SECOND, DELTA, depth=2, number=4)
+    return backend
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_chunks_that_rest_on_others_are_read_with_them(verify: bool) -> None:
+    store = open_store(delta_packs())
+    for raw in (SECOND, DELTA, BASE, SECOND):
+        assert read(store, HASHER.chunk_id(raw), raw_bytes=len(raw), verify=verify) == raw
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_damaged_base_is_passed_over_for_another_place(verify: bool) -> None:
+    for number in (1, 2):
+        backend = delta_packs()
+        rewrite(backend, pack_name(pack_id(number)), flip(payload_at(backend, number, HASHER.chunk_id(BASE)) + 5))
+        found = read(open_store(backend), HASHER.chunk_id(SECOND), raw_bytes=len(SECOND), verify=verify)
+        assert found == SECOND
+
+
+def test_a_rotten_base_is_named() -> None:
+    backend = delta_packs()
+    for number in (1, 2):
+        rewrite(backend, pack_name(pack_id(number)), flip(payload_at(backend, number, HASHER.chunk_id(BASE)) + 5))
+    with pytest.raises(
+        ChecksumError, match=f"chunk {HASHER.chunk_id(DELTA).hex()} at .*: its delta base cannot be read"
+    ):
+        open_store(backend).get(HASHER.chunk_id(SECOND))
+
+
+def test_a_missing_base_is_named() -> None:
+    backend = delta_packs()
+    collect(backend, 1, 2)
+    with pytest.raises(ChunkMissingError, match=f"its delta base cannot be read: chunk {HASHER.chunk_id(BASE).hex()}"):
+        open_store(backend).get(HASHER.chunk_id(DELTA))
+
+
+def test_a_base_that_moved_is_looked_up_again() -> None:
+    backend = delta_packs()
+    store = open_store(backend)
+    locations = store.locate([HASHER.chunk_id(SECOND)])[HASHER.chunk_id(SECOND)]
+    write_pack(backend, [BASE, DELTA], number=9)
+    collect(backend, 1, 2, 3)
+    out = bytearray(len(SECOND))
+    store.read_into(HASHER.chunk_id(SECOND), locations, memoryview(out))
+    assert out == SECOND
+
+
+def test_records_that_rest_on_each_other_end_in_an_error() -> None:
+    # Two writers stored each chunk as a difference from the other: a depth must grow, so no circle is followed.
+    backend = MemoryBackend()
+    write_delta(backend, DELTA, BASE, depth=1, number=1)
+    write_delta(backend, BASE, DELTA, depth=1, number=2)
+    store = open_store(backend)
+    for raw in (DELTA, BASE):
+        with pytest.raises(ChunkMissingError, match="its delta base cannot be read"):
+            store.get(HASHER.chunk_id(raw))
+    write_pack(backend, [BASE], number=3)
+    for raw in (DELTA, BASE):
+        assert store.rebuild() == 3
+        assert store.get(HASHER.chunk_id(raw)) == raw
+
+
+def test_a_difference_from_other_bytes_than_it_names_is_seen() -> None:
+    backend = MemoryBackend()
+    write_pack(backend, [BASE, SECOND], number=1)
+    write_delta(backend, DELTA, BASE, depth=1, number=2, base_id=HASHER.chunk_id(SECOND))
+    with pytest.raises(ChecksumError, match="hash to the chunk's id"):
+        open_store(backend).get(HASHER.chunk_id(DELTA))
+
+
+def test_threads_read_differences_at_once() -> None:
+    store = open_store(delta_packs())
+
+    def work(number: int) -> int:
+        order = [(SECOND, DELTA, BASE)[(number + step) % 3] for step in range(5)]
+        return sum(store.get(HASHER.chunk_id(raw)) != raw for raw in order * 10)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [0, 0, 0, 0]
 
 
 # ---- packs that go -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from castore.codec.base import Elements
 from castore.format.identity import leaf_digest
@@ -16,7 +17,9 @@ from castore.format.pack import RecordKind
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
 from castore.options import GRID_BYTES, PART_CHUNKS_MAX, RUN_BYTES_MIN, Compression
-from castore.tensors import FlatState, Payload
+
+if TYPE_CHECKING:
+    from castore.tensors import FlatState, Payload
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ written again.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,14 +24,16 @@ from typing import Any
 from castore.checkpoint.plan import HashedState, Write, hash_state, plan_manifest, plan_writes, written_bytes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
-from castore.errors import CastoreError, ConflictError
-from castore.format.identity import state_id
+from castore.errors import CastoreError, ConflictError, DamageError, RefError, StaleSaveWarning
+from castore.format.identity import entry_digest, state_id
+from castore.format.manifest import Entry, Kind
 from castore.format.snapshot import SnapshotRecord
+from castore.hashing import Hasher
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
 from castore.refs import check_free, check_tag_free, create_tag, move_branch, read_branch, resolve
 from castore.repository import Handle
-from castore.snapshots import Snapshot, leaf_table, make_snapshot, write_record
+from castore.snapshots import Snapshot, leaf_table, make_snapshot, read_record, write_record
 from castore.tensors import FlatState, flatten
 
 Progress = Callable[[int, int], None]
@@ -126,7 +129,10 @@ def _write_chunks(
     for leaf in hashed.leaves:
         sources.update(zip(leaf.ids, leaf.sources, strict=True))
     present = session.find_present(sources)
-    session.plan_deltas(hashed.entries, parent.parents[0] if parent.parents else None)
+    previous = _read_parent(handle, parent)
+    if previous is not None:
+        _warn_if_stale(handle.hasher, request, hashed, previous)
+        session.plan_deltas(hashed.entries, previous.entries)
     writes = plan_writes(hashed.leaves, present, compression=handle.config.options.compression)
     parts = [
         Write(((part_id, source),), as_run=False)
@@ -153,6 +159,46 @@ def _write_chunks(
         software(),
         os.urandom(NONCE_BYTES),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Previous:
+    """The snapshot that a save continues."""
+
+    snapshot_id: SnapshotId
+    step: int | None
+    entries: Sequence[Entry]
+
+
+def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
+    """The parent; None without one, or when it cannot be read: that only costs the differences from it."""
+    for snapshot_id in parent.parents:
+        with suppress(DamageError, RefError):
+            record = read_record(handle.backend, snapshot_id)
+            return _Previous(snapshot_id, record.step, handle.manifests.entries(record))
+    return None
+
+
+def _warn_if_stale(hasher: Hasher, request: SaveRequest, hashed: HashedState, previous: _Previous) -> None:
+    """Say so when the step moved and no tensor did: a loop that trains a copy of what it saves has cost people days."""
+    if request.step is None or previous.step is None or request.step == previous.step:
+        return
+    now, before = _array_digests(hasher, hashed.entries), _array_digests(hasher, previous.entries)
+    if now and now == before:
+        warnings.warn(
+            f"step {request.step}: all {len(now)} tensors are bit for bit those of step {previous.step} (snapshot "
+            f"{previous.snapshot_id[:12]}); is the state that is saved the one that is trained?",
+            StaleSaveWarning,
+            stacklevel=5,
+        )
+
+
+def _array_digests(hasher: Hasher, entries: Iterable[Entry]) -> dict[str, bytes]:
+    """Path → digest of every array but step counters and the like, which live in the manifest."""
+    return {entry.path: entry_digest(hasher, entry) for entry in entries if entry.chunks and entry.kind in _ARRAYS}
+
+
+_ARRAYS = frozenset({Kind.TENSOR, Kind.NDARRAY, Kind.STORAGE})
 
 
 class _Meter:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 
 from castore.checkpoint.bases import Base, candidates, closure, plan_bases, reference_of
 from castore.checkpoint.plan import Source, Write
 from castore.chunk_writer import BaseSource, ChunkWriter
-from castore.errors import DamageError, RefError
 from castore.format.manifest import Entry
-from castore.ids import Buffer, ChunkId, SnapshotId
+from castore.ids import Buffer, ChunkId
 from castore.index import Location
 from castore.leases import condemned_packs
 from castore.options import GRID_BYTES
 from castore.repository import Handle
-from castore.snapshots import read_record
 from castore.store import Locations, list_packs
 
 
@@ -44,12 +41,9 @@ class WriteSession:
         self._relied_on = closure(sources, self.handle.store, self._condemned)
         return frozenset(self._relied_on)
 
-    def plan_deltas(self, entries: Iterable[Entry], parent: SnapshotId | None) -> None:
-        """Choose bases from the parent snapshot. A parent that cannot be read only costs the differences."""
-        if parent is None or self.handle.config.options.compression != "auto":
-            return
-        with suppress(DamageError, RefError):
-            parents = self.handle.manifests.entries(read_record(self.handle.backend, parent))
+    def plan_deltas(self, entries: Iterable[Entry], parents: Iterable[Entry]) -> None:
+        """Choose bases from the entries of the parent snapshot."""
+        if self.handle.config.options.compression == "auto":
             wanted = candidates(entries, parents, id_bytes=self.handle.hasher.digest_bytes)
             fresh = {chunk_id: base for chunk_id, base in wanted.items() if chunk_id not in self._relied_on}
             self._bases = plan_bases(fresh, self.handle.store, self._condemned)

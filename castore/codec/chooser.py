@@ -14,9 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from castore.codec.base import PLAIN, Elements
-from castore.codec.delta import choose, encode_delta
 from castore.codec.registry import DELTA, chain_name, codec_numbered, decode_chain
-from castore.codec.transform import BASE_MODES
 from castore.errors import CodecError
 from castore.format.pack import Chain
 from castore.hashing import Hasher
@@ -101,6 +99,9 @@ def _encode(number: int, raw: Buffer, elements: Elements) -> Encoded | None:
 
 def _encode_delta(raw: Buffer, base: Buffer, elements: Elements) -> Encoded | None:
     """The chunk as a difference from a base of its length, if a sample says that this pays."""
+    from castore.codec.delta import choose, encode_delta  # numpy costs 80 ms of start-up
+    from castore.codec.transform import BASE_MODES
+
     choice = choose(raw, base, elements)
     if choice.mode not in BASE_MODES:
         return None

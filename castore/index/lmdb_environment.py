@@ -43,7 +43,7 @@ import lmdb
 from castore.backend.syscalls import LockedFile, start_writeback
 from castore.errors import DamageError, NoSpaceError, StorageError
 from castore.index.cache_files import clear_away, open_regular, take_lock
-from castore.index.lmdb_file import Meta, free_pages, read_meta
+from castore.index.lmdb_file import FreeLists, Meta, read_free_lists, read_meta
 from castore.index.lmdb_guard import Guard, read_guard, write_guard
 
 T = TypeVar("T")
@@ -186,18 +186,18 @@ class Environment:
                 raise DamageError(f"guard of transaction {guard.transaction}, found {before.transaction}")
             opened.guard, opened.free = guard, None
         if opened.free is None:
-            opened.free = free_pages(opened.fd, before)
+            opened.free = read_free_lists(opened.fd, before)
         try:
             return self._run(body, write=True)
         finally:  # also when an interrupt came between the commit and here
             self._follow(opened, before, opened.free)
 
-    def _follow(self, opened: _Opened, before: Meta, free_before: set[int]) -> None:
+    def _follow(self, opened: _Opened, before: Meta, free_before: FreeLists) -> None:
         after = read_meta(opened.fd)
         if after.transaction != before.transaction:
             _fill_up(opened.fd, after)
-            opened.free = free_pages(opened.fd, after)
-            opened.guard.update(opened.fd, after, free_before=free_before, free_after=opened.free)
+            opened.free = read_free_lists(opened.fd, after)
+            opened.guard.update(opened.fd, after, before=free_before, after=opened.free)
             write_guard(self.directory / GUARD_NAME, opened.guard)
             start_writeback(opened.fd, 0, 0)
 
@@ -274,7 +274,7 @@ class Environment:
         try:
             meta = read_meta(fd)
             _fill_up(fd, meta)
-            guard.update(fd, meta, free_before=set(), free_after=free_pages(fd, meta))
+            guard.update(fd, meta, before={}, after=read_free_lists(fd, meta))
             write_guard(self.directory / GUARD_NAME, guard)
             start_writeback(fd, 0, 0)
         except BaseException as reason:
@@ -342,8 +342,8 @@ class _Opened:
     lock: _Identity
     """LMDB's lock file: processes with different ones would not see one another."""
     guard: Guard
-    free: set[int] | None = None
-    """The free pages of the guard's transaction, once they are known."""
+    free: FreeLists | None = None
+    """The free lists of the guard's transaction, once they are known."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------

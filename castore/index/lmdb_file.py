@@ -38,7 +38,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from castore.errors import DamageError
@@ -56,6 +56,10 @@ _META = struct.Struct("=IIQQ I36xQ 48x QQ")
 _NODE = struct.Struct("=HHHH")
 _NUMBER = struct.Struct("=Q")
 _HEAD_BYTES = _PAGE.size + _META.size
+
+
+FreeLists = dict[bytes, bytes]
+"""Key of a record in the database of free pages → its page numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,28 +98,35 @@ def _decode_meta(data: bytes, *, page: int) -> Meta:
     return Meta(transaction, page_bytes, last_page + 1, free_root)
 
 
-def free_pages(fd: int, meta: Meta) -> set[int]:
-    """The pages that the transaction of `meta` does not use. Raises DamageError.
+def read_free_lists(fd: int, meta: Meta) -> FreeLists:
+    """Which pages the transaction of `meta` does not use. Raises DamageError.
 
-    LMDB is copy-on-write: the next transaction writes to these, to pages behind the last one, and to the
-    metas.
+    LMDB is copy-on-write: the next transaction writes to these, to pages behind the last one, and to the metas.
     """
-    found: set[int] = set()
+    lists: FreeLists = {}
     try:
-        for value in _free_lists(fd, meta):
+        for key, value in _free_records(fd, meta):
             (count,) = _NUMBER.unpack_from(value)
-            numbers = array("Q", value[8 : 8 + 8 * count])
-            if len(numbers) != count:
+            lists[key] = value[8 : 8 + 8 * count]
+            if len(lists[key]) != 8 * count:
                 raise DamageError(f"a list of {count} free pages is cut short")
-            found.update(numbers)
     except struct.error as error:
         raise DamageError(f"the database of free pages does not parse: {error}") from error
-    if found and not META_PAGES <= min(found) <= max(found) < meta.page_count:
-        raise DamageError(f"free pages {min(found)} to {max(found)} lie outside the file's {meta.page_count} pages")
-    return found
+    return lists
 
 
-def _free_lists(fd: int, meta: Meta) -> Iterator[bytes]:
+def changed_pages(before: FreeLists, after: FreeLists) -> tuple[set[int], set[int]]:
+    """(pages that became used, pages that became free); costs as much as the lists that changed are long."""
+    free_before = _pages(value for key, value in before.items() if after.get(key) != value)
+    free_after = _pages(value for key, value in after.items() if before.get(key) != value)
+    return free_before - free_after, free_after - free_before
+
+
+def _pages(lists: Iterable[bytes]) -> set[int]:
+    return set(array("Q", b"".join(lists)))
+
+
+def _free_records(fd: int, meta: Meta) -> Iterator[tuple[bytes, bytes]]:
     pending, visited = [] if meta.free_root == _NO_PAGE else [meta.free_root], 0
     while pending:
         number = pending.pop()
@@ -126,12 +137,13 @@ def _free_lists(fd: int, meta: Meta) -> Iterator[bytes]:
         for node in nodes:
             low, high, node_flags, key_bytes = _NODE.unpack_from(page, node)
             start = node + _NODE.size + key_bytes
+            key = page[node + _NODE.size : start]
             if flags & _BRANCH:
                 pending.append(low | high << 16 | node_flags << 32)
             elif node_flags & _VALUE_IN_OVERFLOW:
-                yield _read_overflow(fd, meta, *_NUMBER.unpack_from(page, start), value_bytes=low | high << 16)
+                yield key, _read_overflow(fd, meta, *_NUMBER.unpack_from(page, start), value_bytes=low | high << 16)
             else:
-                yield page[start : start + (low | high << 16)]
+                yield key, page[start : start + (low | high << 16)]
 
 
 def _read_tree_page(fd: int, meta: Meta, number: int) -> tuple[bytes, int, tuple[int, ...]]:

@@ -38,13 +38,14 @@ import xxhash
 from castore.backend.syscalls import start_writeback
 from castore.errors import DamageError, StorageError
 from castore.index.cache_files import open_regular
-from castore.index.lmdb_file import META_PAGES, Meta
+from castore.index.lmdb_file import META_PAGES, FreeLists, Meta, changed_pages
 
 GUARD_VERSION = 0
 _MAGIC = b"CASTGARD"
 _HEADER = struct.Struct("=8sHHI16sQQ8xQ")
-_READ_BYTES = 1 << 20
-_FREE = 0
+_READ_BYTES = 1 << 18
+_FREE, _USED = 0, 1
+"""A free page has no digest; a used one has another than 0, or 1 in its place."""
 
 
 @dataclass(slots=True)
@@ -72,10 +73,10 @@ class Guard:
         digests = self.digests.tobytes()
         return b"".join((header, _sum(header, digests), digests))
 
-    def update(self, fd: int, meta: Meta, *, free_before: set[int], free_after: set[int]) -> None:
+    def update(self, fd: int, meta: Meta, *, before: FreeLists, after: FreeLists) -> None:
         """Follow the file to the transaction of `meta`: digest what became used, drop what became free.
 
-        `free_before` are the free pages of `self.transaction`. Raises DamageError when the file is too short.
+        `before` are the free lists of `self.transaction`. Raises DamageError when they contradict the file.
         """
         count_before = len(self.digests)
         if count_before == 0:
@@ -84,12 +85,15 @@ class Guard:
             raise DamageError(f"the file shrank from {count_before} to {meta.page_count} pages")
         self.transaction = -1  # until all digests are in place
         self.digests.extend(array("Q", bytes(8 * (meta.page_count - count_before))))
-        for page in free_after - free_before:
+        became_used, became_free = changed_pages(before, after)
+        if max(became_used | became_free, default=0) >= meta.page_count:
+            raise DamageError(f"the free lists name pages that lie outside the file's {meta.page_count}")
+        for page in became_free:
             self.digests[page] = _FREE
-        added = (page for page in range(count_before, meta.page_count) if page not in free_after)
-        changed = {*range(META_PAGES), *(free_before - free_after), *added}
-        for start, stop in _runs(changed, _READ_BYTES // self.page_bytes):
-            self.digests[start:stop] = _digest_pages(fd, start, stop, page_bytes=self.page_bytes)
+        added = set(range(count_before, meta.page_count)) - became_free
+        for start, stop in _runs(became_used | added | set(range(META_PAGES)), _READ_BYTES // self.page_bytes):
+            expected = array("Q", [_USED]) * (stop - start)
+            self.digests[start:stop] = _digest_pages(fd, start, expected, page_bytes=self.page_bytes)
         self.transaction = meta.transaction
 
     def check(self, fd: int, meta: Meta) -> None:
@@ -104,11 +108,8 @@ class Guard:
         step = _READ_BYTES // self.page_bytes
         for start in range(0, len(self.digests), step):
             expected = self.digests[start : start + step]
-            if not any(expected):
-                continue
-            found = _digest_pages(fd, start, start + len(expected), page_bytes=self.page_bytes)
-            if found != expected:
-                _check_used(start, expected, found)
+            if any(expected) and _digest_pages(fd, start, expected, page_bytes=self.page_bytes) != expected:
+                raise DamageError(f"a page from {start} to {start + len(expected) - 1} has changed")
 
 
 def decode_guard(data: bytes, *, repository_id: bytes, id_bytes: int) -> Guard:
@@ -154,22 +155,24 @@ def write_guard(path: Path, guard: Guard) -> None:
         start_writeback(fd, 0, 0)
 
 
-def _digest_pages(fd: int, start: int, stop: int, *, page_bytes: int) -> array[int]:
-    """Digests of the pages start to stop - 1, read with pread: a short file is an error here, SIGBUS if
-    mapped.
+def _digest_pages(fd: int, start: int, expected: array[int], *, page_bytes: int) -> array[int]:
+    """Digests of the pages from `start` on, of free ones _FREE.
+
+    Uses pread: a short file is an error here, but SIGBUS if it is mapped.
     """
-    wanted = (stop - start) * page_bytes
+    wanted = len(expected) * page_bytes
     view = memoryview(os.pread(fd, wanted, start * page_bytes))
     if len(view) != wanted:
-        raise DamageError(f"pages {start} to {stop - 1}: expected {wanted} bytes, found {len(view)}")
+        raise DamageError(f"expected {wanted} bytes from page {start} on, found {len(view)}")
     digest = xxhash.xxh3_64_intdigest
-    return array("Q", [digest(view[at : at + page_bytes]) or 1 for at in range(0, wanted, page_bytes)])
-
-
-def _check_used(start: int, expected: Iterable[int], found: Iterable[int]) -> None:
-    for page, (was, now) in enumerate(zip(expected, found, strict=True), start):
-        if was not in (_FREE, now):
-            raise DamageError(f"page {page}: expected digest {was:016x}, found {now:016x}: its bytes changed")
+    ends = range(page_bytes, wanted + 1, page_bytes)
+    return array(
+        "Q",
+        [
+            digest(view[end - page_bytes : end]) or _USED if is_used else _FREE
+            for end, is_used in zip(ends, expected, strict=True)
+        ],
+    )
 
 
 def _runs(pages: Iterable[int], length_max: int) -> Iterable[tuple[int, int]]:

@@ -22,6 +22,7 @@ from castore.tensors.strided import (
     extent,
     host_words,
     is_dense,
+    is_row_major,
     may_overlap_itself,
     row_major_stride,
     word_layout,
@@ -111,20 +112,19 @@ class Array:
     def stride_hint(self) -> list[int] | None:
         """Strides in elements if they are worth restoring: dense and not row-major; else None.
 
-        Kept even where only axes of length 1 differ, because torch reads the memory format from them.
+        For torch even where only axes of length 1 differ, because it reads the memory format from them; numpy gives
+        these no meaning, so they are written as 1.
         """
         if self.raw_bytes == 0 or self.is_lazy or not self.is_dense:
             return None
         if self.stride == row_major_stride(self.shape, self.item_bytes) or any(step < 0 for step in self.stride):
             return None
-        if self.family == "numpy" and is_c_order(self):
+        if self.family == "torch":
+            return [step // self.item_bytes for step in self.stride]
+        if is_row_major(self.shape, self.stride, self.item_bytes):
             return None
-        return [step // self.item_bytes for step in self.stride]
-
-
-def is_c_order(array: Array) -> bool:
-    """Whether a numpy array is C-contiguous; numpy gives axes of length 1 no meaning."""
-    return bool(array.value.flags.c_contiguous)
+        pairs = zip(self.shape, self.stride, strict=True)
+        return [1 if size == 1 else step // self.item_bytes for size, step in pairs]
 
 
 def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:

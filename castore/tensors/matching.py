@@ -36,7 +36,7 @@ from castore.tensors.payloads import ArrayPayload
 from castore.tensors.scalars import VALUE_KINDS
 from castore.tensors.targets import live_target, not_writable
 from castore.tensors.tree import SEQUENCE_KINDS, Node, Tree, build_tree
-from castore.tensors.unflatten import Builder, MissingClasses, select
+from castore.tensors.unflatten import Builder, MissingClasses, checked_place, select
 
 COPY_BYTES = 16 * 1024 * 1024
 """A view is copied into a live array in pieces of this size."""
@@ -165,6 +165,8 @@ class _Comparison:
         shares_with = str(mine.attrs["storage"]) if mine.kind is Kind.VIEW else mine.path
         self.shared.setdefault(shares_with, []).append((live, saved))
         if theirs.kind is Kind.VIEW:
+            # Now, before anything is written: the view itself is made only after the other arrays have been filled.
+            checked_place(theirs, self.saved.storage_of(theirs).raw_bytes)
             self.replaced.append(live.path)
         else:
             self.pairs[live.path] = Pair(live.path, value, dataclasses.replace(theirs, path=live.path))

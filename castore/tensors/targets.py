@@ -210,7 +210,8 @@ def _new_ndarray(entry: Entry, where: str) -> Any:
     if stride is None:
         value = np.empty(entry.shape, dtype)
     else:
-        order = sorted(range(len(entry.shape)), key=lambda axis: (-stride[axis], axis))
+        # Axes of length 1 last, wherever their stride would put them: so the strides of the result are the hint again.
+        order = sorted(range(len(entry.shape)), key=lambda axis: (entry.shape[axis] == 1, -stride[axis], axis))
         value = np.empty([entry.shape[axis] for axis in order], dtype).transpose(np.argsort(order))
     if value.dtype != dtype:
         raise FormatError(f"{where}: numpy makes no arrays of {entry.dtype}")

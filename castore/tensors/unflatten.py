@@ -209,40 +209,40 @@ def make_view(entry: Entry, storage: Any) -> Any:
     Raises FormatError for a view that would reach beyond the storage.
     """
     where = f"leaf {entry.path!r}"
-    attrs = entry.attrs
-    offset, stride = attrs.get("offset_bytes"), attrs.get("stride_bytes")
-    if not isinstance(stride, list) or len(stride) != len(entry.shape):
-        raise FormatError(f"{where}: expected {len(entry.shape)} strides, found {str(stride)[:80]}")
-    if not isinstance(offset, int) or not all(isinstance(step, int) for step in stride):
-        raise FormatError(f"{where}: expected an offset and strides, found {str(dict(attrs))[:80]}")
-    item_bytes = element_bytes(entry, where)
-    checked_raw_bytes(entry, item_bytes, where)
-    low, high = extent(entry.shape, stride, item_bytes)
-    is_numpy = is_numpy_name(entry.dtype)
-    if is_numpy is not isinstance(storage, np.ndarray):
+    is_numpy = isinstance(storage, np.ndarray)
+    if is_numpy is not is_numpy_name(entry.dtype):
         raise FormatError(f"{where}: a {entry.dtype} cannot be a view of {type(storage).__name__}")
     storage_bytes = storage.nbytes if is_numpy else storage.numel() * storage.element_size()
-    if offset + low < 0 or offset + high > storage_bytes:
-        raise FormatError(f"{where}: reaches to byte {offset + high} of a storage of {storage_bytes}")
+    offset, stride = checked_place(entry, storage_bytes)
     if is_numpy:
         return np.ndarray(entry.shape, numpy_dtype(entry, where), buffer=storage, offset=offset, strides=stride)
-    return _tensor_view(entry, storage, offset, stride)
-
-
-def _tensor_view(entry: Entry, storage: Any, offset: int, stride: list[int]) -> Any:
-    where = f"leaf {entry.path!r}"
     torch = require_torch(where)
-    item_bytes = element_bytes(entry, where)
-    if any(step % item_bytes or step < 0 for step in (offset, *stride)):
-        raise FormatError(f"{where}: offset {offset} and strides {stride} are not whole elements of {item_bytes} bytes")
-    empty = torch.empty(0, dtype=torch_dtype(entry.dtype, where), device=storage.device)
+    dtype = torch_dtype(entry.dtype, where)
     first = storage.storage_offset() * storage.element_size() + offset
-    view = empty.set_(
-        storage.untyped_storage(), first // item_bytes, entry.shape, [step // item_bytes for step in stride]
-    )
+    steps = [step // dtype.itemsize for step in stride]
+    empty = torch.empty(0, dtype=dtype, device=storage.device)
+    view = empty.set_(storage.untyped_storage(), first // dtype.itemsize, entry.shape, steps)
     if entry.attrs.get("conj"):
         view = view.conj()
     return torch._neg_view(view) if entry.attrs.get("neg") else view
+
+
+def checked_place(entry: Entry, storage_bytes: int) -> tuple[int, list[int]]:
+    """Offset and strides of a VIEW, in bytes. Raises FormatError when it does not lie inside its storage."""
+    where = f"leaf {entry.path!r}"
+    offset, stride = entry.attrs.get("offset_bytes"), entry.attrs.get("stride_bytes")
+    if not isinstance(stride, list) or len(stride) != len(entry.shape):
+        raise FormatError(f"{where}: expected {len(entry.shape)} strides, found {str(stride)[:80]}")
+    if not isinstance(offset, int) or not all(isinstance(step, int) for step in stride):
+        raise FormatError(f"{where}: expected an offset and strides, found {str(dict(entry.attrs))[:80]}")
+    item_bytes = element_bytes(entry, where)
+    checked_raw_bytes(entry, item_bytes, where)
+    low, high = extent(entry.shape, stride, item_bytes)
+    if offset + low < 0 or offset + high > storage_bytes:
+        raise FormatError(f"{where}: reaches to byte {offset + high} of a storage of {storage_bytes}")
+    if not is_numpy_name(entry.dtype) and any(step % item_bytes or step < 0 for step in (offset, *stride)):
+        raise FormatError(f"{where}: offset {offset} and strides {stride} are not whole elements of {item_bytes} bytes")
+    return offset, stride
 
 
 # ---- subsets -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from castore.index.lmdb_file import free_pages, read_meta
+from castore.index.lmdb_file import changed_pages, read_free_lists, read_meta
 from castore.index.lmdb_index import open_lmdb_index
 from tests.suites.forked import in_child
 from tests.suites.index_suite import agrees, pack, table
@@ -45,7 +45,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     in_child(fill)
     fd = os.open(directory / DATA, os.O_RDONLY)
     meta = read_meta(fd)
-    assert 10 < len(free_pages(fd, meta)) < meta.page_count - 15
+    assert 10 < len(changed_pages({}, read_free_lists(fd, meta))[1]) < meta.page_count - 15
     os.close(fd)
     return directory
 
@@ -137,7 +137,7 @@ def test_flipped_bits_in_used_pages(pristine: Path, tmp_path: Path, seed: int) -
     rng = random.Random(seed)
     fd = os.open(pristine / DATA, os.O_RDONLY)
     meta = read_meta(fd)
-    used = sorted(set(range(meta.page_count)) - free_pages(fd, meta))
+    used = sorted(set(range(meta.page_count)) - changed_pages({}, read_free_lists(fd, meta))[1])
     os.close(fd)
     bits = [8 * PAGE * rng.choice(used) + rng.randrange(8 * PAGE) for _ in range(30)]
     bits += [8 * PAGE * rng.choice(used) + rng.randrange(8 * 16) for _ in range(12)]  # page headers
@@ -147,7 +147,7 @@ def test_flipped_bits_in_used_pages(pristine: Path, tmp_path: Path, seed: int) -
 
 def test_garbage_in_free_pages_is_as_good(pristine: Path, tmp_path: Path) -> None:
     fd = os.open(pristine / DATA, os.O_RDONLY)
-    free = sorted(free_pages(fd, read_meta(fd)))
+    free = sorted(changed_pages({}, read_free_lists(fd, read_meta(fd)))[1])
     os.close(fd)
 
     def scribble(directory: Path) -> None:

@@ -74,7 +74,7 @@ def bombs() -> dict[str, bytes]:
     declared = zstandard.ZstdCompressor(level=1, write_content_size=True).compress(zeros)
     long_match = b"\x1f\x00\x01\x00" + b"\xff" * (BOMB_BYTES // 255) + b"\x00"
     planes = {
-        f"planes of {name}": b"\x01\x00" + b"\x01" + len(frame).to_bytes(4, "little") + frame
+        f"planes of {name}": b"\1\0\0\0\0\0\x80\x3f" + b"\1" + len(frame).to_bytes(4, "little") + frame
         for name, frame in (("silent frames", silent), ("frames that say so", declared))
     }
     return {"silent frame": silent, "frame that says so": declared, "lz4 match": long_match, **planes}

@@ -86,7 +86,8 @@ def array_bytes(array: Any) -> bytes:
     memory = torch.empty(0, dtype=torch.uint8).set_(array.untyped_storage()).numpy().tobytes()
     base = array.storage_offset()
     starts = [
-        (base + sum(i * s for i, s in zip(index, array.stride(), strict=True))) * size for index in np.ndindex(*array.shape)
+        (base + sum(i * s for i, s in zip(index, array.stride(), strict=True))) * size
+        for index in np.ndindex(*array.shape)
     ]
     return b"".join(memory[start : start + size] for start in starts)
 

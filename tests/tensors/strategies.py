@@ -1,9 +1,9 @@
 """Hypothesis strategies for states: every kind of leaf, every dtype, odd layouts, shared memory.
 
-    states()     whole states, as training code nests them
-    tensors()    one strided tensor of any dtype and layout, with any bits in it
-    ndarrays()   one ndarray
-    scalars()    everything that is no array and no container
+states()     whole states, as training code nests them
+tensors()    one strided tensor of any dtype and layout, with any bits in it
+ndarrays()   one ndarray
+scalars()    everything that is no array and no container
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ STRUCTURED_DTYPES = [
 ]
 
 
-def tensor_of(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, data: bytes) -> torch.Tensor:
+def tensor_of(
+    dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, data: bytes
+) -> torch.Tensor:
     """A tensor over a storage that holds exactly these bytes."""
     storage = torch.frombuffer(bytearray(data), dtype=torch.uint8).clone().untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
@@ -79,7 +81,11 @@ def tensors(draw: st.DrawFn, dtypes: list[torch.dtype] = TORCH_DTYPES, max_dims:
     shape = tuple(draw(st.lists(st.integers(0, 4) | st.integers(1, 3), max_size=max_dims)))
     order = draw(st.permutations(range(len(shape))))
     gaps = [draw(st.sampled_from([1, 1, 1, 2])) for _ in shape]
-    expanded = draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape))) if draw(st.booleans()) else [False] * len(shape)
+    expanded = (
+        draw(st.lists(st.booleans(), min_size=len(shape), max_size=len(shape)))
+        if draw(st.booleans())
+        else [False] * len(shape)
+    )
     stride, step = [0] * len(shape), 1
     for axis in reversed(order):
         if not expanded[axis]:
@@ -103,7 +109,11 @@ def tensors(draw: st.DrawFn, dtypes: list[torch.dtype] = TORCH_DTYPES, max_dims:
 @st.composite
 def ndarrays(draw: st.DrawFn) -> np.ndarray[Any, Any]:
     """An ndarray: any dtype with fixed bytes, C and F order, sliced, reversed, read-only."""
-    dtype = np.dtype(draw(st.sampled_from(NUMPY_DTYPES))) if draw(st.integers(0, 3)) else draw(st.sampled_from(STRUCTURED_DTYPES))
+    dtype = (
+        np.dtype(draw(st.sampled_from(NUMPY_DTYPES)))
+        if draw(st.integers(0, 3))
+        else draw(st.sampled_from(STRUCTURED_DTYPES))
+    )
     shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     length = math.prod(shape) * dtype.itemsize
     data = draw(st.binary(min_size=length, max_size=length))
@@ -137,7 +147,11 @@ def numpy_scalars() -> st.SearchStrategy[np.generic]:
             lambda raw: np.frombuffer(raw[: np.dtype(code).itemsize].ljust(np.dtype(code).itemsize, b"\0"), code)[0]
         )
     )
-    text = st.text(max_size=5).map(np.str_) | st.binary(max_size=5).map(np.bytes_) | st.binary(min_size=1, max_size=5).map(np.void)
+    text = (
+        st.text(max_size=5).map(np.str_)
+        | st.binary(max_size=5).map(np.bytes_)
+        | st.binary(min_size=1, max_size=5).map(np.void)
+    )
     record = st.sampled_from(STRUCTURED_DTYPES).map(lambda dtype: np.zeros((), dtype)[()])
     return plain | text | record
 
@@ -251,7 +265,11 @@ def leaves() -> st.SearchStrategy[Any]:
 @st.composite
 def sharing_tensors(draw: st.DrawFn) -> list[Any]:
     """Views of one buffer: the same ones, overlapping ones, others apart, of another type, and all of it."""
-    base = torch.frombuffer(bytearray(draw(st.binary(min_size=96, max_size=96))), dtype=torch.float32).clone().reshape(4, 6)
+    base = (
+        torch.frombuffer(bytearray(draw(st.binary(min_size=96, max_size=96))), dtype=torch.float32)
+        .clone()
+        .reshape(4, 6)
+    )
     views = [
         base,
         base.detach(),
@@ -275,7 +293,9 @@ def sharing_tensors(draw: st.DrawFn) -> list[Any]:
 @st.composite
 def sharing_ndarrays(draw: st.DrawFn) -> list[Any]:
     """The same for numpy, with reversed views and single fields of records."""
-    base = np.frombuffer(bytearray(draw(st.binary(min_size=90, max_size=90))), np.dtype([("a", "|u1"), ("b", "<f4")])).reshape(3, 6)
+    base = np.frombuffer(
+        bytearray(draw(st.binary(min_size=90, max_size=90))), np.dtype([("a", "|u1"), ("b", "<f4")])
+    ).reshape(3, 6)
     views = [base, base[:], base.T, base[::-1], base[1:], base["a"], base["b"], base["b"][:, ::-2], base[:, :0]]
     return draw(st.lists(st.sampled_from(views), min_size=1, max_size=6))
 

@@ -129,7 +129,10 @@ def test_views_from_two_storages_over_one_numpy_buffer_share_memory_again() -> N
 
 def test_a_torch_view_between_elements_is_refused_with_advice() -> None:
     raw = bytearray(16)
-    views = [torch.frombuffer(raw, dtype=torch.int32, count=2), torch.frombuffer(raw, dtype=torch.int32, count=2, offset=2)]
+    views = [
+        torch.frombuffer(raw, dtype=torch.int32, count=2),
+        torch.frombuffer(raw, dtype=torch.int32, count=2, offset=2),
+    ]
     with pytest.raises(UnsupportedLeafError, match="clone"):
         flatten(views)
 

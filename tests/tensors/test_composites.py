@@ -127,7 +127,9 @@ ATTRIBUTES = st.dictionaries(
         st.integers(-3, 2**40),
         st.booleans(),
         st.binary(max_size=9),
-        st.sampled_from(["sparse_coo", "sparse_csr", "sparse_bsc", "qint8", "quint4x2", "per_tensor_affine", "float32"]),
+        st.sampled_from(
+            ["sparse_coo", "sparse_csr", "sparse_bsc", "qint8", "quint4x2", "per_tensor_affine", "float32"]
+        ),
         st.lists(st.integers(-1, 5) | st.just(2**62), max_size=3),
     ),
 )

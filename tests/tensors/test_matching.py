@@ -21,7 +21,13 @@ def matched(live: Any, saved: Any, **options: Any) -> Match:
 
 def test_everything_that_differs_is_reported_at_once() -> None:
     live = {"a": torch.zeros(3), "b": torch.zeros(2), "c": torch.zeros(2), "gone": 1, "same": torch.zeros(1)}
-    saved = {"a": torch.zeros(4), "b": torch.zeros(2, dtype=torch.float16), "c": 5, "new": [torch.zeros(1)], "same": torch.ones(1)}
+    saved = {
+        "a": torch.zeros(4),
+        "b": torch.zeros(2, dtype=torch.float16),
+        "c": 5,
+        "new": [torch.zeros(1)],
+        "same": torch.ones(1),
+    }
     found = matched(live, saved)
     assert found.missing == ("gone",)
     assert found.unexpected == ("new/0",)
@@ -214,7 +220,10 @@ def test_parts_of_live_sparse_tensors_that_others_share_are_refused() -> None:
     def state() -> dict[str, Any]:
         values = torch.tensor([1.0, 2.0])
         index = torch.tensor([[0, 2]])
-        return {"s": torch.sparse_coo_tensor(index, values, (3,), is_coalesced=True, check_invariants=True), "v": values}
+        return {
+            "s": torch.sparse_coo_tensor(index, values, (3,), is_coalesced=True, check_invariants=True),
+            "v": values,
+        }
 
     found = matched(state(), state())
     assert [text.partition(":")[0] for text in found.mismatched] == ["s"]

@@ -19,7 +19,6 @@ from tests.tensors.round_trip import Saved, read_pieces, round_trip, write_piece
 from tests.tensors.strategies import ndarrays, scalars, sharing_ndarrays, sharing_tensors, states, tensors
 
 
-
 @given(states())
 def test_any_state_comes_back(state: Any) -> None:
     assert_states_equal(round_trip(state), state)

@@ -40,7 +40,9 @@ def test_scatter_is_the_inverse_of_gather(
     shape: tuple[int, ...], order: list[int], item_bytes: int, data: st.DataObject
 ) -> None:
     axes = [axis for axis in order if axis < len(shape)]
-    items = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape, dtype=int)) * item_bytes), f"|V{item_bytes}")
+    items = np.frombuffer(
+        np.random.default_rng(0).bytes(int(np.prod(shape, dtype=int)) * item_bytes), f"|V{item_bytes}"
+    )
     array = items.reshape(shape).transpose(axes)
     expected = array.tobytes()
     words = host_words(array.ctypes.data, array.shape, array.strides, item_bytes, owner=array)

@@ -202,8 +202,26 @@ def test_entries_that_make_no_state_are_refused(entries: list[Entry]) -> None:
 
 
 KINDS = st.sampled_from(sorted(Kind))
-ODD = st.none() | st.integers(-5, 2**66) | st.text(max_size=3) | st.lists(st.integers(-9, 99), max_size=3) | st.binary(max_size=8)
-NAMES = ["target", "storage", "offset_bytes", "stride_bytes", "class", "fields", "layout", "shape", "descr", "stride", "object"]
+ODD = (
+    st.none()
+    | st.integers(-5, 2**66)
+    | st.text(max_size=3)
+    | st.lists(st.integers(-9, 99), max_size=3)
+    | st.binary(max_size=8)
+)
+NAMES = [
+    "target",
+    "storage",
+    "offset_bytes",
+    "stride_bytes",
+    "class",
+    "fields",
+    "layout",
+    "shape",
+    "descr",
+    "stride",
+    "object",
+]
 
 
 @given(states(max_leaves=6), st.data())
@@ -224,7 +242,9 @@ def test_hostile_changes_of_entries_give_a_state_or_a_typed_error(state: Any, da
         elif change == "kind":
             entries[at] = replace(entry, kind=data.draw(KINDS))
         elif change == "dtype":
-            entries[at] = replace(entry, dtype=data.draw(st.sampled_from(["float32", "<f4", "int8", "", "|O", "uint1", "x"])))
+            entries[at] = replace(
+                entry, dtype=data.draw(st.sampled_from(["float32", "<f4", "int8", "", "|O", "uint1", "x"]))
+            )
         elif change == "shape":
             entries[at] = replace(entry, shape=tuple(data.draw(st.lists(st.integers(0, 2**40), max_size=3))))
         elif change == "raw_bytes":
