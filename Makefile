@@ -33,7 +33,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --write-results
 
 # ---- environments: one folder, filled as far as a task needs; stamps say what is in it
 
@@ -49,4 +49,4 @@ $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.t
 	@touch $@
 
 clean:
-	rm -rf castore/*/*.so $(VENV) build dist *.egg-info runs bench/cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf castore/*/*.so $(VENV) build dist *.egg-info runs .bench-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

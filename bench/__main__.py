@@ -78,18 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prepare", action="store_true", help="only train what the workloads need")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single measurement")
-    parser.add_argument(
-        "--write-results", action="store_true", help="write RESULTS.md and results.json in bench/"
-    )
+    parser.add_argument("--write-results", action="store_true", help="write RESULTS.md and results.json in bench/")
     parser.add_argument(
         "--cache",
         type=Path,
         default=default_directory(),
         help="where the states are; default $CASTORE_BENCH_CACHE",
     )
-    parser.add_argument(
-        "--scratch", type=Path, help="where contestants write, on a disk; default CACHE/scratch"
-    )
+    parser.add_argument("--scratch", type=Path, help="where contestants write, on a disk; default CACHE/scratch")
     return parser
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
@@ -45,7 +45,7 @@ class PeakMemory:
     _stop: threading.Event = field(default_factory=threading.Event)
     _sampler: threading.Thread | None = None
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         if not _reset_high_water():
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()

@@ -87,7 +87,7 @@ class _Files(Contestant):
         super().__init__(directory)
         self._count = 0
 
-    def save(self, state: State, *, step: int) -> None:
+    def save(self, state: State, *, step: int) -> None:  # noqa: ARG002  # files are numbered
         path = self.path(self._count)
         self._count += 1
         unfinished = path.with_suffix(".part")
@@ -180,7 +180,7 @@ class Dcp(Contestant):
         super().__init__(directory)
         self._shapes: list[State] = []
 
-    def save(self, state: State, *, step: int) -> None:
+    def save(self, state: State, *, step: int) -> None:  # noqa: ARG002  # directories are numbered
         from torch.distributed.checkpoint.state_dict_saver import save
 
         path = self._path(len(self._shapes))
@@ -232,9 +232,7 @@ class Moonclip(Contestant):
     def save(self, state: State, *, step: int) -> None:
         rest = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
         self._ids.append(
-            self._manager.save(
-                step=step, model=_HasStateDict(state["model"]), optimizer=state["optimizer"], extra=rest
-            )
+            self._manager.save(step=step, model=_HasStateDict(state["model"]), optimizer=state["optimizer"], extra=rest)
         )
 
     def wait(self) -> None:
@@ -267,9 +265,7 @@ class Castore(Contestant):
         import castore
 
         existing = self.directory.exists()
-        self._repo = (
-            castore.open(self.directory) if existing else castore.init(self.directory, **self.options)
-        )
+        self._repo = castore.open(self.directory) if existing else castore.init(self.directory, **self.options)
 
     def close(self) -> None:
         self._repo.close()

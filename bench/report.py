@@ -171,8 +171,7 @@ def _workload(name: str, workload: dict[str, Any]) -> str:
     parts = [
         f"## {TITLES[name]} (`{name}`, {raw / MB:.0f} MB)",
         _table(("contestant", *(title for title, _, _ in columns), "bit-equal"), rows),
-        f"Floors: a copy of the state into warm memory {floor['copy_s']:.3f} s, "
-        f"its raw bytes into one synced file {floor['write_s']:.3f} s.",
+        f"Floors: a warm copy in memory {floor['copy_s']:.3f} s, one synced file {floor['write_s']:.3f} s.",
     ]
     gaps = _gaps(workload)
     return "\n\n".join([*parts, gaps] if gaps else parts)

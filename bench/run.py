@@ -44,7 +44,7 @@ class Settings:
 
 
 def run(settings: Settings, log: Callable[[str], None], keep: Callable[[Results], None]) -> Results:
-    """Measure everything in `settings`; `keep` gets what there is after each workload, since a run takes long."""
+    """Measure everything in `settings`; `keep` gets what there is after each workload."""
     torch.set_num_threads(THREADS)
     settings.scratch.mkdir(parents=True, exist_ok=True)
     file_system = measure.file_system(settings.scratch)
@@ -119,7 +119,7 @@ def _trial(workload: Workload, steps: Sequence[Step], cls: type[Contestant], set
             contestant.open()
             workload.measured(steps, probe, trial)
             contestant.close()
-        except Exception as error:  # one that fails is reported and must not stop the others
+        except Exception as error:  # noqa: BLE001  # one that fails is reported and must not stop the others
             trial.error = f"{type(error).__name__}: {error}"
     return trial
 

@@ -54,9 +54,7 @@ def compare(found: State, expected: State) -> Equality:
     """`yes` when every tensor has the same bytes and all else is equal; lists and tuples are one here."""
     found_leaves, expected_leaves = dict(leaves(found)), dict(leaves(expected))
     tensors_equal = all(
-        _same_bytes(found_leaves.get(path), leaf)
-        for path, leaf in expected_leaves.items()
-        if torch.is_tensor(leaf)
+        _same_bytes(found_leaves.get(path), leaf) for path, leaf in expected_leaves.items() if torch.is_tensor(leaf)
     )
     if not tensors_equal:
         return "no"

@@ -134,8 +134,6 @@ DIFFERENTIAL = (
     *(target for workload in _SHARE_LIMITS for target in _differential(workload)),
     _share("full_finetune", "later save, share of raw", "later_share", 0.40),
     _share("lora", "later save, share of raw", "later_share", 0.01),
-    _against(
-        "load_all", "compression none, mapped / safetensors", "load_s", "safetensors", 3.0, own="castore_none"
-    ),
+    _against("load_all", "compression none, mapped / safetensors", "load_s", "safetensors", 3.0, own="castore_none"),
     Target("full_finetune", "peak memory beyond the base, MiB", _peak_beyond_base_mib, 128.0, "{:.0f}"),
 )

@@ -1,16 +1,17 @@
 """The workloads: what is saved, in which order, and what is read back.
 
-    name                states                                                    saves full_finetune
-    all-MiniLM-L6-v2, every weight trained, AdamW lr 2e-5     1, 9, 10 and 100 steps apart bf16_copy
-    the same with a bf16 copy of the weights                  the same frozen_body         last two of six
-    layers trained, the rest frozen           the same lora                rank-8 adapters on query and value,
-    base frozen           the same gpt_scratch         small byte-level GPT from scratch, lr 3e-4, with EMA
-    the same sparse_embeddings   hashed n-gram table under SparseAdam                      the same resave
-    full_finetune                                             one state twice fork
-    full_finetune to step 110, then ten steps of a fork       on the fork load_all            full_finetune
-    one; the whole state is read load_one_leaf       full_finetune
-    one; one weight matrix is read smoke               a synthetic state of 4 MB, to try the harness itself
-    1 step apart; only when named
+    name                states                                                    saves
+    full_finetune       all-MiniLM-L6-v2, every weight trained, AdamW lr 2e-5     1, 9, 10, 100 steps apart
+    bf16_copy           the same with a bf16 copy of the weights                  the same
+    frozen_body         last two of six layers trained, the rest frozen           the same
+    lora                rank-8 adapters on query and value, base frozen           the same
+    gpt_scratch         small byte-level GPT from scratch, lr 3e-4, with EMA      the same
+    sparse_embeddings   hashed n-gram table under SparseAdam                      the same
+    resave              full_finetune                                             one state twice
+    fork                full_finetune to step 110, then ten steps of a fork       on the fork
+    load_all            full_finetune                                             one; all of it is read
+    load_one_leaf       full_finetune                                             one; one weight is read
+    smoke               a synthetic state of 4 MB, to try the harness itself      only when named
 
 Every save is waited for before the next begins. Every load begins with opening the store, as after a crash.
 What was read is compared with what was saved, byte by byte; the comparison is not timed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,14 +35,14 @@ def store(tmp_path: Path) -> Path:
 
 def described(path: Path, **options: Any) -> dict[str, Any]:
     """Always JSON, and never anything written."""
-    before = path.read_bytes(), path.stat().st_mtime_ns, sorted(os.listdir(path.parent))
+    before = path.read_bytes(), path.stat().st_mtime_ns, sorted(path.parent.iterdir())
     found = dump(path, **options)
-    assert (path.read_bytes(), path.stat().st_mtime_ns, sorted(os.listdir(path.parent))) == before
+    assert (path.read_bytes(), path.stat().st_mtime_ns, sorted(path.parent.iterdir())) == before
     return json.loads(json.dumps(found, allow_nan=False))
 
 
 def a_pack(store: Path) -> Path:
-    return sorted((store / "packs").glob("*/*.pack"))[0]
+    return min((store / "packs").glob("*/*.pack"))
 
 
 def a_snapshot(store: Path, step: int = 1) -> Path:
@@ -232,7 +231,9 @@ def test_a_directory_is_an_error(tmp_path: Path) -> None:
 
 
 def test_dump_needs_neither_numpy_nor_torch(store: Path) -> None:
-    code = "import sys; from castore.dump import dump; dump(sys.argv[1]); sys.exit(str({'numpy', 'torch'} & set(sys.modules) or ''))"
+    code = (
+        "import sys; from castore.dump import dump; dump(sys.argv[1]); assert not {'numpy', 'torch'} & set(sys.modules)"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code, str(a_pack(store))], capture_output=True, text=True, check=False
     )

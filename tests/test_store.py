@@ -124,6 +124,18 @@ def test_an_index_that_runs_ahead_of_the_packs_is_not_believed() -> None:
         store.get(ID)
 
 
+def test_a_location_that_another_process_adds_counts_from_the_next_listing_on() -> None:
+    backend, index = MemoryBackend(), MemoryIndex()
+    write_pack(backend, CHUNKS[:1], number=1)
+    store = open_store(backend, index)
+    store.refresh()
+    sealed = write_pack(backend, CHUNKS, number=2)
+    index.add({sealed.pack_id: sealed.rows})
+    assert store.find([ID]) == [()]
+    store.refresh()
+    assert len(store.find([ID])[0]) == 1
+
+
 def test_a_pack_sealed_by_this_process_needs_no_listing() -> None:
     backend = MemoryBackend()
     store = open_store(backend)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  # as everywhere
 
 from bench.train import loop, text
 
@@ -35,9 +35,9 @@ def frozen_body() -> loop.Run:
     """The last two of the six layers are trained, at lr 2e-5; the frozen rest is part of the state."""
     loop.begin()
     model = _model()
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # noqa: FBT003  # torch names it so
     for layer in model.encoder.layer[-2:]:
-        layer.requires_grad_(True)
+        layer.requires_grad_(True)  # noqa: FBT003  # torch names it so
     return _run(model, lr=2e-5)
 
 
@@ -45,7 +45,7 @@ def lora() -> loop.Run:
     """Rank-8 adapters on query and value, at lr 2e-4; the frozen base is part of the state."""
     loop.begin()
     model = _model()
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # noqa: FBT003  # torch names it so
     for layer in model.encoder.layer:
         attention = layer.attention.self
         attention.query = LoraLinear(attention.query)
@@ -113,9 +113,7 @@ def _encoded_passages() -> tuple[torch.Tensor, torch.Tensor]:
     left, right = zip(*text.passages(), strict=True)
 
     def encode(side: tuple[str, ...]) -> torch.Tensor:
-        out = tokenizer(
-            list(side), truncation=True, max_length=TOKENS_MAX, padding="max_length", return_tensors="pt"
-        )
+        out = tokenizer(list(side), truncation=True, max_length=TOKENS_MAX, padding="max_length", return_tensors="pt")
         ids: torch.Tensor = out["input_ids"]
         return ids
 

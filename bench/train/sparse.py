@@ -12,7 +12,7 @@ from zlib import crc32
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812  # as everywhere
 
 from bench.train import loop, text
 

@@ -43,7 +43,8 @@ from castore.index.lmdb_file import META_PAGES, FreeLists, Meta, changed_pages
 GUARD_VERSION = 0
 _MAGIC = b"CASTGARD"
 _HEADER = struct.Struct("=8sHHI16sQQ8xQ")
-_READ_BYTES = 1 << 18
+_READ_BYTES = 1 << 16
+"""Read at a time: free pages lie in runs, which larger pieces would not skip; smaller ones cost calls."""
 _FREE, _USED = 0, 1
 """A free page has no digest; a used one has another than 0, or 1 in its place."""
 

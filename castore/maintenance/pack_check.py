@@ -1,53 +1,61 @@
-"""Checks of packs: headers, tables, records and the index agree, and every byte is whole.
+"""Checks of packs: headers, tables, records and the index agree, and what there is for every chunk.
 
-    structure   header, trailer and table decode; the index holds the rows of the table
-    data        every record: header at its place = row of the table; stored bytes → checksum → decode →
-                chunk id; the gaps between records are zero
+    structure   header, trailer and table decode; the index holds the rows of the table; a record's base is there, and
+                less deep than the record
+    data        every record: header at its place = row of the table; its bytes (record_check.py); the gaps between
+                records are zero
 
-So with `data` no byte of a pack may change unseen. Payloads are read by threads, a few MiB each at a time.
+So with `data` no byte of a pack may change unseen.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from castore.backend.base import RangeReader
-from castore.chunk_writer import worker_count
-from castore.codec.registry import decode_chain
+from castore.backend.base import Backend, RangeReader
 from castore.errors import CastoreError, NotFoundError
 from castore.format.layout import pack_name
 from castore.format.pack import HEADER_BYTES, RUN_FIXED_BYTES, Row, aligned
 from castore.hashing import CHECKSUM_BYTES
 from castore.ids import ChunkId, PackId
 from castore.index.base import Location
+from castore.maintenance.chunks import ChunkReader
+from castore.maintenance.record_check import (
+    Checked,
+    Fault,
+    Record,
+    Threads,
+    check_deltas,
+    check_plain,
+    check_stored_only,
+    reading_threads,
+)
 from castore.maintenance.report import Findings, some
 from castore.maintenance.tables import read_rows, scan_rows
-from castore.options import MIB, PAGE_BYTES
+from castore.options import PAGE_BYTES
 from castore.pack.reader import read_header
 from castore.repository import Handle
-from castore.store import ChunkStore, check_stored
 
-_BATCH_BYTES = 4 * MIB
-"""Stored bytes that a thread takes at a time: handing over costs nothing, and progress is seen."""
-_BATCH_ROWS_MAX = 1024
 _INDEX_BATCH_ROWS = 10_000
+_OPEN_READERS_MAX = 64
 
 Needs = Mapping[ChunkId, int | None]
 """Every chunk that snapshots need, with the raw length that manifests expect (None: parts and id lists)."""
 
 
 @dataclass(slots=True)
-class PackState:
-    """What the packs hold of the chunks that snapshots need."""
+class Survey:
+    """What the packs hold."""
 
-    whole: set[ChunkId] = field(default_factory=set)
-    """Needed chunks that some pack holds: by its table, or with `data` by a record that was verified."""
-    faults: list[tuple[str, Row, str]] = field(default_factory=list)
-    """(pack file, row, message) of every record that cannot be used."""
+    depths: dict[ChunkId, int] = field(default_factory=dict)
+    """Every chunk that can be read, with the depth of its least deep record: by the tables, or with `data` by records
+    that were verified."""
+    faults: list[Fault] = field(default_factory=list)
+    """Records that cannot be used."""
     pack_count: int = 0
     checked_bytes: int = 0
 
@@ -60,163 +68,218 @@ def check_packs(
     *,
     data: bool,
     advance: Callable[[int], None],
-) -> PackState:
+) -> Survey:
     """Check packs; `advance` gets the bytes of their files as they are dealt with."""
-    state = PackState()
-    unneeded_bytes: list[int] = []
-    with ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-verify") as pool:
+    with reading_threads() if data else nullcontext() as threads:
+        check = _Check(handle, needs, findings, threads=threads, advance=advance)
         for pack_id in pack_ids:
-            try:
-                reader = handle.backend.open_reader(pack_name(pack_id))
-            except NotFoundError:
-                findings.note(f"{pack_name(pack_id)} was removed while this ran")
-                continue
-            except CastoreError as error:
-                findings.problem("pack", pack_name(pack_id), str(error))
-                continue
-            state.pack_count += 1
-            try:
-                check = _PackCheck(handle, reader, pack_id, needs=needs, findings=findings, state=state)
-                if not check.run(pool if data else None, advance):
-                    unneeded_bytes.append(reader.size_bytes)
-            finally:
-                reader.close()
-    if unneeded_bytes:
-        findings.note(
-            f"{len(unneeded_bytes)} packs ({sum(unneeded_bytes)} bytes) hold nothing that a snapshot needs; "
-            "gc may remove them"
-        )
-    return state
+            check.pack(pack_id)
+        check.deltas()
+    check.note_idle_packs()
+    return check.survey
 
 
-class _PackCheck:
-    """One pack and what is found in it."""
+class _Check:
+    """One walk over all packs. Records that rest on others come last, when it is known what can be read."""
 
     def __init__(
         self,
         handle: Handle,
-        reader: RangeReader,
-        pack_id: PackId,
-        *,
         needs: Needs,
         findings: Findings,
-        state: PackState,
+        *,
+        threads: Threads | None,
+        advance: Callable[[int], None],
     ) -> None:
+        self.survey = Survey()
         self._handle = handle
         self._needs = needs
         self._findings = findings
-        self._state = state
-        self._pack_id = pack_id
-        self._name = pack_name(pack_id)
-        self._reader = reader
+        self._threads = threads
+        self._advance = advance
+        self._deltas: list[tuple[PackId, Row]] = []
+        self._idle: dict[PackId, tuple[int, frozenset[ChunkId]]] = {}
+        """Size and chunks of packs in which no snapshot needs anything by itself."""
 
-    def run(self, pool: ThreadPoolExecutor | None, advance: Callable[[int], None]) -> bool:
-        """Whether a snapshot needs anything in this pack. With a pool every record is read."""
-        rows, from_table = self._rows()
-        self._check_index(rows)
-        left = self._reader.size_bytes
-        if pool is None:
-            for row in rows:
-                self._count(row, "")
-        else:
-            if from_table:
-                self._check_headers(rows)
-            for row, message in self._read_records(rows, pool):
-                self._count(row, message)
-                self._state.checked_bytes += row.stored_bytes
-                step = min(left, row.stored_bytes)
-                advance(step)
-                left -= step
-        advance(left)
-        return any(row.chunk_id in self._needs for row in rows)
+    def pack(self, pack_id: PackId) -> None:
+        """Check one pack, but for what rests on bases."""
+        name = pack_name(pack_id)
+        try:
+            reader = self._handle.backend.open_reader(name)
+        except NotFoundError:
+            self._findings.note(f"{name} was removed while this ran")
+            return
+        except CastoreError as error:
+            self._findings.problem("pack", name, str(error))
+            return
+        self.survey.pack_count += 1
+        try:
+            rows, from_table = self._rows(reader, pack_id)
+            self._check_index(rows, pack_id)
+            if from_table and self._threads is not None:
+                self._check_headers(reader, rows, pack_id)
+            self._check_plain([Record(name, reader, row) for row in rows if row.base_id is None])
+        finally:
+            reader.close()
+        deltas = [(pack_id, row) for row in rows if row.base_id is not None]
+        self._deltas += deltas
+        self._advance(max(0, reader.size_bytes - sum(row.stored_bytes for row in rows)))
+        if not any(row.chunk_id in self._needs for row in rows):
+            self._idle[pack_id] = reader.size_bytes, frozenset(row.chunk_id for row in rows)
 
-    def _rows(self) -> tuple[list[Row], bool]:
+    def deltas(self) -> None:
+        """Check what rests on bases: the least deep first, and together what rests on the same base."""
+        self._deltas.sort(key=lambda item: (item[1].depth, item[1].base_id or b"", item[1].raw_bytes, item[0]))
+        readers = _Readers(self._handle.backend)
+        for _, level in groupby(self._deltas, key=lambda item: item[1].depth):
+            usable = [record for item in level if (record := self._on_usable_base(*item, readers)) is not None]
+            if self._threads is None:
+                checked: Iterable[Checked] = ((record, None) for record in usable)
+            else:
+                chunks = ChunkReader(self._handle)
+                checked = check_deltas(usable, chunks, self._handle.hasher, self._threads)
+            self._count_all(checked)
+
+    def note_idle_packs(self) -> None:
+        """Packs that neither a snapshot nor a base of what a snapshot needs lies in."""
+        pinned: set[ChunkId] = set()
+        for _, row in reversed(self._deltas):
+            if row.base_id is not None and (row.chunk_id in self._needs or row.chunk_id in pinned):
+                pinned.add(row.base_id)
+        sizes = [size for size, chunks in self._idle.values() if pinned.isdisjoint(chunks)]
+        if sizes:
+            self._findings.note(
+                f"{len(sizes)} packs ({sum(sizes)} bytes) hold nothing that a snapshot needs; gc may remove them"
+            )
+
+    # ---- tables and index ------------------------------------------------------------------------------------------
+
+    def _rows(self, reader: RangeReader, pack_id: PackId) -> tuple[list[Row], bool]:
         """The rows of the table (True), or where that is damaged those that a scan finds."""
-        rows, error = read_rows(self._reader, self._pack_id, self._handle.hasher)
+        name = pack_name(pack_id)
+        rows, error = read_rows(reader, pack_id, self._handle.hasher)
         if error:
             found = f"a scan found {len(rows)} whole records, `castore dump` shows them"
-            self._findings.problem("pack", self._name, f"{error}; {found}")
+            self._findings.problem("pack", name, f"{error}; {found}")
             return rows, False
-        if read_header(self._reader, where=self._name).repository_id != self._handle.config.repository_id:
-            self._findings.note(f"{self._name} was written for another repository")
+        if read_header(reader, where=name).repository_id != self._handle.config.repository_id:
+            self._findings.note(f"{name} was written for another repository")
         return rows, True
 
-    def _check_index(self, rows: Sequence[Row]) -> None:
+    def _check_index(self, rows: Sequence[Row], pack_id: PackId) -> None:
         """Every row must be in the index as it is in the table: a reader looks there first."""
         wrong: list[Row] = []
         try:
             for start in range(0, len(rows), _INDEX_BATCH_ROWS):
-                wrong += self._not_indexed(rows[start : start + _INDEX_BATCH_ROWS])
+                wrong += self._not_indexed(rows[start : start + _INDEX_BATCH_ROWS], pack_id)
         except CastoreError as error:
-            self._findings.problem("index", self._name, f"the index cannot be read: {error}; run `castore reindex`")
+            message = f"the index cannot be read: {error}; run `castore reindex`"
+            self._findings.problem("index", pack_name(pack_id), message)
         if wrong:
             self._findings.problem(
                 "index",
-                self._name,
+                pack_name(pack_id),
                 f"{len(wrong)} of {len(rows)} rows are missing from the index or differ in it (chunks "
                 f"{some(row.chunk_id.hex() for row in wrong)}); run `castore reindex`",
             )
 
-    def _not_indexed(self, rows: Sequence[Row]) -> list[Row]:
+    def _not_indexed(self, rows: Sequence[Row], pack_id: PackId) -> list[Row]:
         found = self._handle.store.find([row.chunk_id for row in rows])
-        wanted = (Location(self._pack_id, row) for row in rows)
+        wanted = (Location(pack_id, row) for row in rows)
         return [location.row for location, hits in zip(wanted, found, strict=True) if location not in hits]
 
-    def _check_headers(self, rows: Sequence[Row]) -> None:
+    def _check_headers(self, reader: RangeReader, rows: Sequence[Row], pack_id: PackId) -> None:
         """Records as their own headers describe them, against the table; and the zeros between them."""
-        scanned = {row.offset: row for row in scan_rows(self._reader, self._pack_id, self._handle.hasher)}
+        name = pack_name(pack_id)
+        scanned = {row.offset: row for row in scan_rows(reader, pack_id, self._handle.hasher)}
         for row in rows:
             found = scanned.pop(row.offset, None)
             if found != row:
                 what = "is damaged" if found is None else "says something else"
                 self._findings.problem(
                     "record",
-                    self._name,
+                    name,
                     f"chunk {row.chunk_id.hex()}: the record header before offset {row.offset} {what}; "
                     "the table still finds the chunk, but a scan without the table would not",
                 )
         if scanned:
-            self._findings.problem(
-                "pack", self._name, f"{len(scanned)} records (at {some(scanned)}) are not in the table"
-            )
+            self._findings.problem("pack", name, f"{len(scanned)} records (at {some(scanned)}) are not in the table")
         ordered = sorted(rows, key=lambda row: row.offset)
         gaps = zero_ranges(ordered, id_bytes=self._handle.hasher.digest_bytes)
-        dirty = [start for start, stop in gaps if self._holds_bytes(start, stop)]
+        dirty = [start for start, stop in gaps if _holds_bytes(reader, start, stop)]
         if dirty:
-            self._findings.problem(
-                "pack",
-                self._name,
-                f"expected zeros between the records at {some(dirty)}, found other bytes; no record is lost",
-            )
+            message = f"expected zeros between the records at {some(dirty)}, found other bytes; no record is lost"
+            self._findings.problem("pack", name, message)
 
-    def _holds_bytes(self, start: int, stop: int) -> bool:
-        """Whether a gap is anything but zeros."""
-        if stop - start > PAGE_BYTES:
-            return True
+    # ---- records ---------------------------------------------------------------------------------------------------
+
+    def _check_plain(self, records: Sequence[Record]) -> None:
+        if self._threads is None:
+            self._count_all((record, None) for record in records)
+        else:
+            self._count_all(check_plain(records, self._handle.hasher, self._threads))
+
+    def _on_usable_base(self, pack_id: PackId, row: Row, readers: _Readers) -> Record | None:
+        """The record, or None and a fault when its base cannot serve."""
+        name, base_id = pack_name(pack_id), row.base_id
+        assert base_id is not None
         try:
-            return stop > start and any(self._reader.read(start, stop - start))
-        except CastoreError:
-            return True
+            record = Record(name, readers.open(name), row)
+        except CastoreError as error:
+            self._fail(Fault(name, row, str(error)))
+            return None
+        found = self.survey.depths.get(base_id)
+        if found is not None and found < row.depth:
+            return record
+        if found is None:
+            fault = Fault(name, row, f"chunk {row.chunk_id.hex()}: its base {base_id.hex()} cannot be read", base_id)
+        else:
+            message = f"chunk {row.chunk_id.hex()} at depth {row.depth}: its base {base_id.hex()} is at depth {found}"
+            fault = Fault(name, row, f"{message}; expected less")
+        self._fail((check_stored_only(record) if self._threads is not None else None) or fault)
+        return None
 
-    def _count(self, row: Row, message: str) -> None:
-        """Note a record as whole or as faulty."""
-        expected = self._needs.get(row.chunk_id)
-        if not message and expected not in (None, row.raw_bytes):
-            message = f"{_where(row)}: manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
-        if message:
-            self._state.faults.append((self._name, row, message))
-        elif row.chunk_id in self._needs:
-            self._state.whole.add(row.chunk_id)
+    def _count_all(self, checked: Iterable[Checked]) -> None:
+        for record, fault in checked:
+            row = record.row
+            expected = self._needs.get(row.chunk_id)
+            if fault is None and expected not in (None, row.raw_bytes):
+                message = f"manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
+                fault = Fault(record.name, row, f"chunk {row.chunk_id.hex()} at {row.offset}: {message}")
+            if fault is not None:
+                self._fail(fault)
+            else:
+                depths = self.survey.depths
+                depths[row.chunk_id] = min(row.depth, depths.get(row.chunk_id, row.depth))
+                self._done(row)
 
-    def _read_records(self, rows: Sequence[Row], pool: ThreadPoolExecutor) -> Iterator[tuple[Row, str]]:
-        """Every row with what is wrong with its bytes; threads read ahead, at most two batches each."""
-        pending: deque[Future[list[tuple[Row, str]]]] = deque()
-        for batch in _batches(rows):
-            pending.append(pool.submit(_check_batch, self._reader, batch, self._handle.store))
-            if len(pending) >= 2 * worker_count():
-                yield from pending.popleft().result()
-        for future in pending:
-            yield from future.result()
+    def _fail(self, fault: Fault) -> None:
+        self.survey.faults.append(fault)
+        self._done(fault.row)
+
+    def _done(self, row: Row) -> None:
+        if self._threads is not None:
+            self.survey.checked_bytes += row.stored_bytes
+        self._advance(row.stored_bytes)
+
+
+class _Readers:
+    """Open packs, the latest last, so that thousands of packs do not use up the file descriptors."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._readers: OrderedDict[str, RangeReader] = OrderedDict()
+
+    def open(self, name: str) -> RangeReader:
+        """Closed by its last reference: threads may still be reading when another pack takes its place."""
+        reader = self._readers.pop(name, None) or self._backend.open_reader(name)
+        self._readers[name] = reader
+        if len(self._readers) > _OPEN_READERS_MAX:
+            self._readers.popitem(last=False)
+        return reader
+
+
+# ---- gaps ----------------------------------------------------------------------------------------------------------
 
 
 def zero_ranges(rows: Sequence[Row], *, id_bytes: int) -> Iterator[tuple[int, int]]:
@@ -240,66 +303,18 @@ def zero_ranges(rows: Sequence[Row], *, id_bytes: int) -> Iterator[tuple[int, in
 def _run_length(rows: Sequence[Row], first: int) -> int:
     """How many chunks the run has that begins with row `first`."""
     last = first
-    while (
-        last + 1 < len(rows)
-        and rows[last + 1].in_run
-        and rows[last + 1].offset == rows[last].offset + rows[last].stored_bytes
-    ):
+    while last + 1 < len(rows) and rows[last + 1].in_run:
+        if rows[last + 1].offset != rows[last].offset + rows[last].stored_bytes:
+            break
         last += 1
     return last + 1 - first
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Neighbouring rows of together about _BATCH_BYTES."""
-    batch: list[Row] = []
-    total = 0
-    for row in rows:
-        batch.append(row)
-        total += row.stored_bytes
-        if total >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS_MAX:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
-
-
-class _Memory(threading.local):
-    """Reused by each thread: fresh memory costs a page fault every 4 KiB."""
-
-    def __init__(self) -> None:
-        self.stored = bytearray()
-        self.raw = bytearray()
-
-
-_memory = _Memory()
-
-
-def _check_batch(reader: RangeReader, rows: Sequence[Row], store: ChunkStore) -> list[tuple[Row, str]]:
-    """Each row with what is wrong with its bytes; empty when nothing is."""
-    return [(row, _check_record(reader, row, store)) for row in rows]
-
-
-def _check_record(reader: RangeReader, row: Row, store: ChunkStore) -> str:
-    where = _where(row)
-    if len(_memory.stored) < row.stored_bytes:
-        _memory.stored = bytearray(row.stored_bytes)
-    if len(_memory.raw) < row.raw_bytes:
-        _memory.raw = bytearray(row.raw_bytes)
-    stored, raw = memoryview(_memory.stored)[: row.stored_bytes], memoryview(_memory.raw)[: row.raw_bytes]
+def _holds_bytes(reader: RangeReader, start: int, stop: int) -> bool:
+    """Whether a gap is anything but zeros."""
+    if stop - start > PAGE_BYTES:
+        return True
     try:
-        reader.read_into(row.offset, stored)
-        check_stored(row, stored, where=where)
-        if row.chain:
-            base = store.read_base(row, where=where, verify=True) if row.base_id is not None else None
-            decode_chain(row.chain, stored, raw, base=base)
-    except CastoreError as error:
-        message = str(error)
-        return message if message.startswith(where) else f"{where}: {message}"
-    found = store.hasher.digest(raw if row.chain else stored)
-    if found != row.chunk_id:
-        return f"{where}: the checksum is right, the bytes hash to {found.hex()}: wrong since they were written"
-    return ""
-
-
-def _where(row: Row) -> str:
-    return f"chunk {row.chunk_id.hex()} at {row.offset}"
+        return stop > start and any(reader.read(start, stop - start))
+    except CastoreError:
+        return True

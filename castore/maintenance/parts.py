@@ -6,14 +6,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from castore.errors import CastoreError, DamageError
+from castore.errors import CastoreError
 from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
 from castore.ids import ChunkId, SnapshotId
-from castore.index.memory import MemoryIndex
+from castore.maintenance.chunks import ChunkReader
 from castore.options import PART_CHUNKS_MAX
 from castore.repository import Handle
 from castore.snapshots import split_ids
-from castore.store import ChunkStore
 
 _CACHED_PARTS_MAX = 256
 """Snapshots are visited newest first, so those that share parts follow each other."""
@@ -35,8 +34,8 @@ class PartReader:
     """Reads parts and remembers the latest. Belongs to one thread."""
 
     def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-        self._direct: ChunkStore | None = None
+        self._id_bytes = handle.hasher.digest_bytes
+        self._chunks = ChunkReader(handle)
         self._cache: OrderedDict[ChunkId, Part] = OrderedDict()
 
     def read(self, part_id: ChunkId) -> Part:
@@ -52,7 +51,7 @@ class PartReader:
     def _read(self, part_id: ChunkId) -> Part:
         where = f"manifest part {part_id.hex()}"
         try:
-            decoded = decode_part(self._get(part_id), id_bytes=self._handle.hasher.digest_bytes, where=where)
+            decoded = decode_part(self._chunks.get(part_id), id_bytes=self._id_bytes, where=where)
         except CastoreError as error:
             return Part(error=str(error))
         entries, unresolved = [], {}
@@ -67,31 +66,20 @@ class PartReader:
     def _resolved(self, entry: Entry, where: str) -> Entry:
         if entry.id_lists is None:
             return entry
-        id_bytes = self._handle.hasher.digest_bytes
+        id_bytes = self._id_bytes
         remaining, ids = chunk_count(entry.raw_bytes), []
         for list_id in split_ids(entry.id_lists, id_bytes):
             count = min(remaining, PART_CHUNKS_MAX)
-            raw = bytes(self._get(list_id))
+            raw = bytes(self._chunks.get(list_id))
             ids.append(decode_id_list(raw, expected_count=count, id_bytes=id_bytes, where=where))
             remaining -= count
         return replace(entry, chunks=b"".join(ids))
-
-    def _get(self, chunk_id: ChunkId) -> bytearray:
-        """Through the index; where that fails, through the tables of the packs: the index may be at fault."""
-        try:
-            return self._handle.store.get(chunk_id)
-        except DamageError:
-            if self._direct is None:
-                self._direct = ChunkStore(self._handle.backend, MemoryIndex(), self._handle.hasher)
-            return self._direct.get(chunk_id)
 
 
 def affected_leaves(
     parts: PartReader,
     snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
     lost: Collection[ChunkId],
-    *,
-    id_bytes: int,
 ) -> dict[ChunkId, dict[SnapshotId, tuple[str, ...]]]:
     """For each lost chunk the snapshots that need it, with the paths of the leaves that do.
 
@@ -106,7 +94,7 @@ def affected_leaves(
         paths: dict[ChunkId, list[str]] = {}
         for part_id in part_ids:
             if part_id not in users:
-                users[part_id] = _users(parts.read(part_id), found, id_bytes)
+                users[part_id] = _users(parts.read(part_id), found, len(part_id))
             for chunk_id, leaves in users[part_id].items():
                 paths.setdefault(chunk_id, []).extend(leaves)
             if part_id in found:

@@ -32,9 +32,10 @@ from castore.format.manifest import Entry, chunk_bytes
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import condemned_packs, list_leases
+from castore.maintenance.losses import report_losses
 from castore.maintenance.manifest_check import check_manifest
-from castore.maintenance.pack_check import PackState, check_packs
-from castore.maintenance.parts import PartReader, affected_leaves
+from castore.maintenance.pack_check import check_packs
+from castore.maintenance.parts import PartReader
 from castore.maintenance.report import Findings, Problem, VerifyReport, some
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, read_branch, read_tag
@@ -71,17 +72,17 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
         needs.add(snapshot_id, record)
     needs.report()
     pack_ids, total_bytes = _list_packs(handle, findings)
-    state = check_packs(handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes))
+    survey = check_packs(handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes))
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
-    _report_losses(handle, parts, snapshots, needs=needs, state=state, findings=findings)
+    report_losses(parts, snapshots, needs.lengths, survey, findings, explained=needs.reported)
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
     return VerifyReport(
         tuple(findings.problems),
         len(records) + len(unreadable),
-        state.pack_count,
+        survey.pack_count,
         len(needs.lengths),
-        state.checked_bytes,
+        survey.checked_bytes,
         data,
         _orphans(refs, records, findings),
         tuple(findings.notes),
@@ -286,44 +287,6 @@ def _list_packs(handle: Handle, findings: Findings) -> tuple[list[PackId], int]:
         findings.problem("index", PACKS, f"the packs cannot be indexed: {error}")
         listing = list_packs(handle.backend)
     return sorted(listing), sum(sizes.get(pack_id, 0) for pack_id in listing)
-
-
-def _report_losses(
-    handle: Handle,
-    parts: PartReader,
-    snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
-    *,
-    needs: _Needs,
-    state: PackState,
-    findings: Findings,
-) -> None:
-    """Name every faulty record, every chunk that is nowhere, and the snapshots and leaves that need them."""
-    lost = needs.lengths.keys() - state.whole
-    affected = affected_leaves(parts, snapshots, lost, id_bytes=handle.hasher.digest_bytes)
-    explained = set(needs.reported)
-    for name, row, message in state.faults:
-        explained.add(row.chunk_id)
-        if row.chunk_id in lost:
-            findings.problem("record", name, message, affected[row.chunk_id])
-        else:
-            why = "another copy of it is whole" if row.chunk_id in needs.lengths else "no snapshot needs it"
-            findings.problem("record", name, f"{message}; nothing is lost: {why}")
-    groups: dict[tuple[SnapshotId, ...], list[ChunkId]] = {}
-    for chunk_id in sorted(lost - explained):
-        groups.setdefault(tuple(affected[chunk_id]), []).append(chunk_id)
-    for snapshot_ids, chunk_ids in groups.items():
-        leaves: dict[SnapshotId, set[str]] = {snapshot_id: set() for snapshot_id in snapshot_ids}
-        for chunk_id in chunk_ids:
-            for snapshot_id, paths in affected[chunk_id].items():
-                leaves[snapshot_id].update(paths)
-        findings.problem(
-            "chunk",
-            PACKS,
-            f"{len(chunk_ids)} chunks that {len(snapshot_ids)} snapshots need are in no pack (expected "
-            f"{some(chunk_id.hex() for chunk_id in chunk_ids)}): a pack was removed, cut short or damaged; "
-            "restore it from a copy and run `castore reindex`",
-            leaves,
-        )
 
 
 def _meter(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:

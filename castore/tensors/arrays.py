@@ -9,6 +9,7 @@ subclasses) are refused or taken apart before they get here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,23 +52,15 @@ class Array:
     neg: bool = False
     """The memory holds the negative of the value."""
 
+    raw_bytes: int = 0
+    """Length of its logical bytes."""
+    row_major: bool = False
+    """Whether the memory, from `address` on, is the logical bytes; computed once, for it is asked of every array."""
+
     @property
     def item_bytes(self) -> int:
         """Size of one element."""
         return self.element.item_bytes
-
-    @property
-    def count(self) -> int:
-        """How many elements it has."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def raw_bytes(self) -> int:
-        """Length of its logical bytes."""
-        return self.count * self.item_bytes
 
     @property
     def on_host(self) -> bool:
@@ -82,18 +75,20 @@ class Array:
     @property
     def hull(self) -> tuple[int, int]:
         """Lowest address and one past the highest."""
+        if self.row_major:
+            return self.address, self.address + self.raw_bytes
         low, high = extent(self.shape, self.stride, self.item_bytes)
         return self.address + low, self.address + high
 
     @property
     def is_dense(self) -> bool:
         """Whether the elements fill the hull without gap or overlap."""
-        return is_dense(self.shape, self.stride, self.item_bytes)
+        return self.row_major or is_dense(self.shape, self.stride, self.item_bytes)
 
     @property
     def may_overlap_itself(self) -> bool:
         """Whether two of its elements may share memory."""
-        return may_overlap_itself(self.shape, self.stride, self.item_bytes)
+        return not self.row_major and may_overlap_itself(self.shape, self.stride, self.item_bytes)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -115,13 +110,13 @@ class Array:
         For torch even where only axes of length 1 differ, because it reads the memory format from them; numpy gives
         these no meaning, so they are written as 1.
         """
-        if self.raw_bytes == 0 or self.is_lazy or not self.is_dense:
+        if self.raw_bytes == 0 or (self.row_major and self.stride == row_major_stride(self.shape, self.item_bytes)):
             return None
-        if self.stride == row_major_stride(self.shape, self.item_bytes) or any(step < 0 for step in self.stride):
+        if self.is_lazy or not self.is_dense or any(step < 0 for step in self.stride):
             return None
         if self.family == "torch":
             return [step // self.item_bytes for step in self.stride]
-        if is_row_major(self.shape, self.stride, self.item_bytes):
+        if self.row_major:
             return None
         pairs = zip(self.shape, self.stride, strict=True)
         return [1 if size == 1 else step // self.item_bytes for size, step in pairs]
@@ -130,27 +125,33 @@ class Array:
 def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
     """Describe an ndarray. Raises UnsupportedLeafError for element types without fixed bytes."""
     element = numpy_element(value.dtype, path)
-    return Array(value, "numpy", CPU, value.__array_interface__["data"][0], value.shape, value.strides, element)
+    address: int = value.__array_interface__["data"][0]
+    row_major = bool(value.flags.c_contiguous)
+    stride = value.strides
+    return Array(
+        value, "numpy", CPU, address, value.shape, stride, element, raw_bytes=value.nbytes, row_major=row_major
+    )
 
 
 def torch_array(value: Any, path: str) -> Array:
     """Describe a strided, unquantized tensor. Raises UnsupportedLeafError when it has no memory."""
     element = torch_element(value.dtype)
     size = element.item_bytes
-    shape = tuple(int(length) for length in value.shape)
-    stride = tuple(int(step) * size for step in value.stride())
+    shape = tuple(value.shape)
+    stride = tuple([step * size for step in value.stride()])
+    raw_bytes = math.prod(shape) * size
+    row_major = is_row_major(shape, stride, size)
     try:
-        storage = value.untyped_storage()
-        address, storage_bytes = int(value.data_ptr()), int(storage.nbytes())
+        storage_bytes, address = value.untyped_storage().nbytes(), value.data_ptr()
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UnsupportedLeafError(path, _tensor_type(value), f"its memory cannot be reached: {reason}") from error
-    needed = int(value.storage_offset()) * size + extent(shape, stride, size)[1]
-    if 0 not in shape and needed > storage_bytes:
-        # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation
-        # fault.
+    end = raw_bytes if row_major else extent(shape, stride, size)[1]
+    if raw_bytes and value.storage_offset() * size + end > storage_bytes:
+        # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation fault.
         raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
-    return Array(value, "torch", str(value.device), address, shape, stride, element, value.is_conj(), value.is_neg())
+    conj, neg = value.is_conj(), value.is_neg()
+    return Array(value, "torch", str(value.device), address, shape, stride, element, conj, neg, raw_bytes, row_major)
 
 
 def describe(value: Any, path: str) -> Array:

@@ -26,7 +26,6 @@ from castore.tensors.strided import (
     Bytes,
     gather,
     host_words,
-    is_row_major,
     memory_array,
     rectangle_count,
     rectangles,
@@ -85,22 +84,22 @@ class BytesPayload:
 class ArrayPayload:
     """The payload of a tensor or ndarray. `array` says where it lies."""
 
-    __slots__ = ("_flat", "array", "is_float", "item_bytes", "raw_bytes")
+    __slots__ = ("array", "is_float", "item_bytes", "raw_bytes")
 
     def __init__(self, array: Array) -> None:
         self.array = array
         self.raw_bytes = array.raw_bytes
         self.item_bytes = array.element.plane_bytes
         self.is_float = array.element.is_float
-        self._flat = flat_bytes(array)
 
     def read(self, start: int, stop: int) -> memoryview:
         """Bytes start..stop: the array's own memory where that is row-major and on the host, else a copy of
         the range.
         """
         _check_range(start, stop, self.raw_bytes)
-        if self._flat is not None:
-            return self._flat.data[start:stop]
+        flat = flat_bytes(self.array)
+        if flat is not None:
+            return flat.data[start:stop]
         if start == stop:
             return memoryview(b"")
         if self.array.on_host and not self.array.is_lazy:
@@ -110,7 +109,7 @@ class ArrayPayload:
 
 def flat_bytes(array: Array, *, writable: bool = False) -> Bytes | None:
     """The logical bytes as they lie in host memory, without a copy; None when they do not."""
-    if not array.on_host or array.is_lazy or not is_row_major(array.shape, array.stride, array.item_bytes):
+    if not array.row_major or not array.on_host or array.is_lazy:
         return None
     raw_bytes = array.raw_bytes
     # An empty tensor may have the address 0, which numpy refuses.

@@ -143,6 +143,9 @@ class Builder:
         if entry.kind is Kind.ALIAS:
             return self._alias(entry, self.tree.resolve(node))
         if node.is_composite:
+            missing = [name for name in child_names(entry) if name not in node.children]
+            if missing:
+                raise FormatError(f"leaf {node.path!r}: {', '.join(missing)} is missing")
             parts = {name: self._part(node.children[name]) for name in child_names(entry)}
             return with_object_hints(put_together(entry, parts), entry)
         if entry.kind is Kind.VIEW:

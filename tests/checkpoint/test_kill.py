@@ -22,7 +22,7 @@ CHECKED_EVERY = 10
 
 def state_of(step: int) -> dict[str, Any]:
     """Enough to write that a random moment often falls into the middle of a pack."""
-    return training_state(step, frozen_bytes=200_000, moving_bytes=1_500_000)
+    return training_state(step, frozen_bytes=200_000, moving_bytes=800_000)
 
 
 def save_for_ever(path: Path, report: Report) -> None:

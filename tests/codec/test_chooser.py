@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from castore.codec import chooser
+from castore.codec import delta
 from castore.codec.base import PLAIN, Codec, Elements
 from castore.codec.chooser import Encoded, encode_chunk
 from castore.codec.registry import decode_chain
@@ -234,14 +234,14 @@ def test_a_buffer_that_changes_between_hashing_and_encoding_is_noticed(
 def test_a_base_that_changes_while_it_is_used_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     base = bytearray(normal("<f4"))
     raw = (np.frombuffer(bytes(base), "<f4") * np.float32(1.000001)).tobytes()
-    honest = chooser.encode_delta
+    honest = delta.encode_delta
 
     def then_change(*args: object) -> bytes | None:
         payload = honest(*args)  # type: ignore[arg-type]  # passed through as it came
         base[1000] ^= 1
         return payload
 
-    monkeypatch.setattr(chooser, "encode_delta", then_change)
+    monkeypatch.setattr(delta, "encode_delta", then_change)
     with pytest.raises(CodecError, match="delta: a fresh record of"):
         encode_chunk(raw, FP32, "auto", chunk_id=XXH3.chunk_id(raw), hasher=XXH3, base=base)
 

@@ -125,9 +125,11 @@ def test_beside_running_saves_nothing_looks_damaged(tmp_path: Path) -> None:
         done = threading.Event()
 
         def save() -> None:
-            for step in range(15):
-                writer.save(make_state(step), step=step)
-            done.set()
+            try:
+                for step in range(15):
+                    writer.save(make_state(step), step=step)
+            finally:
+                done.set()
 
         thread = threading.Thread(target=save)
         thread.start()
@@ -259,6 +261,103 @@ def test_the_id_list_of_a_huge_leaf_is_followed() -> None:
     report = open_on(repository.handle.backend).verify(data=True)
     assert kinds(report) == ["part", "record"]
     assert list(report.damaged_snapshots.values()) == [("",)]
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drifting() -> Repository:
+    """Four snapshots whose array rests on that of the first, the last two by way of the second."""
+    repository = create_on(MemoryBackend())
+    for step in range(4):
+        values = np.random.default_rng(0).standard_normal(20_000, dtype=np.float32) * np.float32(1 + 1e-6 * step)
+        repository.save({"drift": values, "other": make_state(step)["weight"]}, step=step)
+    assert [location_of(repository, "drift", ref=f"main@{step}").row.depth for step in range(4)] == [0, 1, 2, 2]
+    assert repository.verify(data=True).ok
+    return repository
+
+
+@pytest.mark.parametrize(("step", "touched"), [(0, (0, 1, 2, 3)), (1, (1, 2, 3)), (2, (2,)), (3, (3,))])
+def test_a_rotten_base_is_one_problem_with_every_snapshot_that_rests_on_it(
+    drifting: Repository, step: int, touched: tuple[int, ...]
+) -> None:
+    rotten = location_of(drifting, "drift", ref=f"main@{step}")
+    rewrite(drifting.handle.backend, pack_name(rotten.pack_id), flip(rotten.row.offset + 20))
+    assert drifting.verify().ok
+    report = open_on(drifting.handle.backend).verify(data=True)
+    assert kinds(report) == ["record"]
+    assert by_step(drifting, report) == dict.fromkeys(touched, ("drift",))
+    assert rotten.row.chunk_id.hex() in report.problems[0].message
+
+
+def test_a_rotten_base_whose_own_snapshot_was_forgotten_is_named_with_those_that_rest_on_it(
+    drifting: Repository,
+) -> None:
+    rotten = location_of(drifting, "drift", ref="main@0")
+    drifting.handle.backend.delete(snapshot_name(drifting.snapshot("main@0").id))
+    rewrite(drifting.handle.backend, pack_name(rotten.pack_id), flip(rotten.row.offset + 20))
+    report = open_on(drifting.handle.backend).verify(data=True)
+    assert kinds(report) == ["record"]
+    assert by_step(drifting, report) == dict.fromkeys((1, 2, 3), ("drift",))
+
+
+def test_a_base_that_is_gone_is_found_without_reading_data(drifting: Repository) -> None:
+    gone = location_of(drifting, "drift", ref="main@0")
+    drifting.handle.backend.delete(snapshot_name(drifting.snapshot("main@0").id))
+    drifting.handle.backend.delete(pack_name(gone.pack_id))
+    for data in (False, True):
+        report = open_on(drifting.handle.backend).verify(data=data)
+        assert kinds(report) == ["chunk"]
+        assert by_step(drifting, report) == dict.fromkeys((1, 2, 3), ("drift",))
+
+
+def test_two_rotten_records_of_one_chain_are_both_named(drifting: Repository) -> None:
+    for step in (0, 2):
+        rotten = location_of(drifting, "drift", ref=f"main@{step}")
+        rewrite(drifting.handle.backend, pack_name(rotten.pack_id), flip(rotten.row.offset + 20))
+    report = open_on(drifting.handle.backend).verify(data=True)
+    assert kinds(report) == ["record", "record"]
+    assert by_step(drifting, report) == dict.fromkeys((0, 1, 2, 3), ("drift",))
+
+
+def test_a_base_is_decoded_once_for_all_that_rest_on_it(drifting: Repository) -> None:
+    base = location_of(drifting, "drift", ref="main@1")
+    reads: Counter[tuple[str, int]] = Counter()
+    backend = ReaderBackend(drifting.handle.backend, lambda reader, name: CountingReader(reader, name, reads))
+    assert verify_on(backend, drifting).ok
+    assert reads[pack_name(base.pack_id), base.row.offset] == 2  # by itself, and for the two that rest on it
+    for step in (2, 3):
+        delta = location_of(drifting, "drift", ref=f"main@{step}")
+        assert reads[pack_name(delta.pack_id), delta.row.offset] == 1
+
+
+def test_a_pack_that_holds_nothing_but_bases_is_needed(drifting: Repository) -> None:
+    drifting.handle.backend.delete(snapshot_name(drifting.snapshot("main@0").id))
+    report = drifting.verify()
+    assert report.ok
+    assert not any("hold nothing" in note for note in report.notes)
+
+
+def test_records_that_rest_on_each_other_are_refused() -> None:
+    repository = create_on(MemoryBackend())
+    ids = [HASHER.chunk_id(bytes([seed])) for seed in (1, 2)]
+
+    def circle(writer: PackWriter) -> None:
+        for chunk_id, base_id in (ids, reversed(ids)):
+            writer.append(
+                chunk_id, b"x" * 50, kind=RecordKind.LEAF, raw_bytes=1000, chain=(16,), base_id=base_id, depth=1
+            )
+
+    entries = [
+        Entry("", Kind.LIST, shape=(2,)),
+        *(Entry(str(index), Kind.BYTES, raw_bytes=1000, chunks=chunk_id) for index, chunk_id in enumerate(ids)),
+    ]
+    plant(repository.handle, [encode_part(entries)], entries, make_pack=circle)
+    for data in (False, True):
+        report = repository.verify(data=data)
+        assert not report.ok
+        assert list(report.damaged_snapshots.values()) == [("0", "1")]
 
 
 # ---- what is no damage -----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_payloads_stand_beside_their_entries() -> None:
 def test_containers_that_hold_themselves_are_refused() -> None:
     loop: dict[str, Any] = {"a": []}
     loop["a"].append(loop)
-    with pytest.raises(UsageError, match="'a/0'.*contains itself"):
+    with pytest.raises(UsageError, match=r"'a/0'.*contains itself"):
         flatten(loop)
 
 

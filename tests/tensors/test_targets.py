@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from castore.errors import CastoreError, FormatError, UsageError
 from castore.format.manifest import Entry, Kind
 from castore.tensors import allocate, flatten, live_target
+from castore.tensors.arrays import describe
 from castore.tensors.targets import HUGE_PAGES_BYTES_MIN, advise_huge_pages
 from tests.tensors.equality import array_bytes
 from tests.tensors.round_trip import write_pieces
@@ -40,11 +41,11 @@ def test_new_arrays_have_the_layout_of_the_saved_one(value: Any) -> None:
 def test_a_live_tensor_of_any_layout_takes_the_bytes(tensor: torch.Tensor, pattern: bytes) -> None:
     entry = entry_of(tensor)
     data = (pattern * (entry.raw_bytes // 16 + 1))[: entry.raw_bytes]
-    try:
-        target = live_target(tensor, entry)
-    except UsageError as error:
-        assert "expanded" in str(error)
+    if describe(tensor, "").may_overlap_itself:
+        with pytest.raises(UsageError, match="expanded"):
+            live_target(tensor, entry)
         return
+    target = live_target(tensor, entry)
     pointer = tensor.data_ptr()
     write_pieces(target, data)
     assert tensor.data_ptr() == pointer

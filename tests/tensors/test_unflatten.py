@@ -16,7 +16,7 @@ from castore.format.manifest import Entry, Kind
 from castore.tensors import allocate, flatten, make_view, match, select, slice_rows, unflatten
 from tests.tensors.equality import assert_states_equal
 from tests.tensors.round_trip import Saved
-from tests.tensors.strategies import Plain, states
+from tests.tensors.strategies import states
 
 
 def keep(*wanted: str) -> Any:

@@ -1,0 +1,101 @@
+"""What damage means: which snapshots and leaves are lost through which record, chunk or base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from castore.format.layout import PACKS
+from castore.ids import ChunkId, SnapshotId
+from castore.maintenance.pack_check import Needs, Survey
+from castore.maintenance.parts import PartReader, affected_leaves
+from castore.maintenance.record_check import Fault
+from castore.maintenance.report import Findings, some
+
+
+def report_losses(
+    parts: PartReader,
+    snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
+    needs: Needs,
+    survey: Survey,
+    findings: Findings,
+    *,
+    explained: Collection[ChunkId],
+) -> None:
+    """Name every faulty record and every absent chunk with all that need it, also through records that rest on it.
+
+    Chunks in `explained` were named before. A record that lacks nothing but its base goes with the base.
+    """
+    touched = _Touched(parts, snapshots, needs, survey)
+    for fault in survey.faults:
+        chunk_id = fault.row.chunk_id
+        if touched.goes_with_base(fault):
+            continue
+        affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
+        if affected:
+            findings.problem("record", fault.name, fault.message, affected)
+        else:
+            why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
+            findings.problem("record", fault.name, f"{fault.message}; nothing is lost: {why}")
+    recorded = {fault.row.chunk_id for fault in survey.faults}
+    _report_absent(sorted(touched.lost - recorded - set(explained)), touched, findings)
+
+
+class _Touched:
+    """Which leaves of which snapshots cannot be read without a chunk that is lost."""
+
+    def __init__(
+        self,
+        parts: PartReader,
+        snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
+        needs: Needs,
+        survey: Survey,
+    ) -> None:
+        self._survey = survey
+        self._resting: dict[ChunkId, set[ChunkId]] = {}
+        """Lost base → lost chunks whose records rest on it."""
+        for fault in survey.faults:
+            if fault.base_id is not None and self.goes_with_base(fault):
+                self._resting.setdefault(fault.base_id, set()).add(fault.row.chunk_id)
+        needed = needs.keys() - survey.depths.keys()
+        self._affected = affected_leaves(parts, snapshots, needed)
+        self.lost = needed | self._resting.keys()
+
+    def goes_with_base(self, fault: Fault) -> bool:
+        """Whether the fault is nothing but a lost base, which is named by itself."""
+        return fault.base_id is not None and not {fault.base_id, fault.row.chunk_id} & self._survey.depths.keys()
+
+    def by(self, chunk_id: ChunkId) -> dict[SnapshotId, set[str]]:
+        """Snapshot → leaves that need the chunk itself or what rests on it."""
+        merged: dict[SnapshotId, set[str]] = {}
+        seen: set[ChunkId] = set()
+        pending = [chunk_id]
+        while pending:
+            current = pending.pop()
+            if current not in seen:
+                seen.add(current)
+                pending.extend(self._resting.get(current, ()))
+                for snapshot_id, paths in self._affected.get(current, {}).items():
+                    merged.setdefault(snapshot_id, set()).update(paths)
+        return merged
+
+
+def _report_absent(chunk_ids: Collection[ChunkId], touched: _Touched, findings: Findings) -> None:
+    """One problem for all absent chunks that the same snapshots need."""
+    groups: dict[tuple[SnapshotId, ...], list[ChunkId]] = {}
+    leaves: dict[tuple[SnapshotId, ...], dict[SnapshotId, set[str]]] = {}
+    for chunk_id in chunk_ids:
+        affected = touched.by(chunk_id)
+        key = tuple(sorted(affected))
+        groups.setdefault(key, []).append(chunk_id)
+        for snapshot_id, paths in affected.items():
+            leaves.setdefault(key, {}).setdefault(snapshot_id, set()).update(paths)
+    for key, absent in groups.items():
+        if key:
+            findings.problem(
+                "chunk",
+                PACKS,
+                f"{len(absent)} chunks that {len(key)} snapshots need are in no pack (expected "
+                f"{some(chunk_id.hex() for chunk_id in absent)}): a pack was removed, cut short or damaged; restore it "
+                "from a copy and run `castore reindex`",
+                leaves[key],
+            )
