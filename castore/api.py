@@ -387,17 +387,22 @@ def init(
     return Repository(path, create(Path(path), options))
 
 
-def open_(path: PathLike, *, create: bool = False) -> Repository:
+def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None = None) -> Repository:
     """Open a repository; with `create=True` make one with default options when there is none.
+
+    `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
+    what does not fit is read from the repository. The default is a quarter of the available memory, 0 keeps none.
 
     Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
     """
     try:
-        return Repository(path, open_repository(Path(path)))
+        repository = Repository(path, open_repository(Path(path)))
     except RepositoryNotFoundError:
         if not create:
             raise
-    return init(path)
+        repository = init(path)
+    repository.handle.base_memory_bytes = base_memory_bytes
+    return repository
 
 
 def save(state: Any, path: PathLike, **options: Any) -> Snapshot:

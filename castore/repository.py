@@ -48,7 +48,11 @@ class Head:
 class Handle:
     """An open repository. Thread-safe. A forked child gets a fresh store on first use, since it must not share LMDB."""
 
-    def __init__(self, backend: Backend, config: Config, *, clock: Clock = time.time_ns) -> None:
+    def __init__(
+        self, backend: Backend, config: Config, *, clock: Clock = time.time_ns, base_memory_bytes: int | None = None
+    ) -> None:
+        """`base_memory_bytes` bounds the copies kept for differences; None: a share of the available memory."""
+        self.base_memory_bytes = base_memory_bytes
         self.backend = backend
         self.config = config
         self.hasher: Hasher = hasher_for(config.options.hash)

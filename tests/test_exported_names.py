@@ -48,7 +48,10 @@ def test_every_error_is_exported_and_derives_from_castore_error() -> None:
 def test_the_error_tree_in_the_docstring_names_every_error_once() -> None:
     drawn = [line.split("─ ")[-1].split()[0] for line in (castore.errors.__doc__ or "").splitlines() if "── " in line]
     defined = [
-        name for name, value in vars(castore.errors).items()
-        if inspect.isclass(value) and value.__module__ == "castore.errors" and name not in {"CastoreError", "CastoreWarning"}
-    ]  # fmt: skip
+        name
+        for name, value in vars(castore.errors).items()
+        if inspect.isclass(value)
+        and value.__module__ == "castore.errors"
+        and name not in {"CastoreError", "CastoreWarning"}
+    ]
     assert sorted(drawn) == sorted(defined)

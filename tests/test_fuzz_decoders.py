@@ -25,7 +25,9 @@ from hypothesis import strategies as st
 
 from castore.backend import MemoryBackend
 from castore.codec.base import Elements
-from castore.codec.registry import NAMES, codec_numbered, decode_chain
+from castore.codec.delta import Choice, encode_delta
+from castore.codec.registry import DELTA, NAMES, codec_numbered, decode_chain
+from castore.codec.transform import BASE_MODES
 from castore.dump import dump_reader
 from castore.errors import CastoreError
 from castore.format import layout, paths
@@ -442,31 +444,54 @@ def samples() -> list[tuple[bytes, Elements]]:
     ]
 
 
+Encodings = list[tuple[bytes, bytes, bytes | None]]
+"""(raw, payload, base)"""
+
+
+def encodings(number: int) -> Encodings:
+    """What the codec makes of the samples."""
+    found: Encodings = []
+    for raw, elements in samples():
+        if number != DELTA:
+            payload = codec_numbered(number).encode(raw, elements)
+            if payload is not None:
+                found.append((raw, bytes(payload), None))
+            continue
+        base = bytes(byte ^ (index % 97 == 0) for index, byte in enumerate(raw))
+        for mode in BASE_MODES:
+            delta = encode_delta(raw, base, elements, Choice(mode, 0.999, 0.5))
+            if delta is not None:
+                found.append((raw, bytes(delta), base))
+    return found
+
+
 @pytest.mark.parametrize("number", NAMES, ids=NAMES.get)
 def test_a_mutated_payload_decodes_to_the_declared_length_or_is_refused(number: int) -> None:
-    codec = codec_numbered(number)
-    encoded = [(raw, payload) for raw, elements in samples() if (payload := codec.encode(raw, elements)) is not None]
-    assert encoded
-    for raw, payload in encoded:
+    found = encodings(number)
+    assert found
+    for raw, payload, base in found:
         out = bytearray(len(raw))
-        decode_chain((number,), memoryview(payload), memoryview(out))
+        decode_chain((number,), memoryview(payload), memoryview(out), base=base)
         assert out == raw
-        for data in mutations(bytes(payload), ROUNDS // 4, key=str(number)):
+        for data in mutations(payload, ROUNDS // 6, key=str(number)):
             for length in (len(raw), len(raw) - 1, len(raw) + 1, 0):
                 guarded = bytearray(b"\xa5" * 64 + bytes(length) + b"\xa5" * 64)
                 view = memoryview(guarded)[64 : 64 + length]
+                # The store reads a base of exactly the chunk's length.
+                beside = None if base is None else base[:length].ljust(length, b"\0")
                 with suppress(CastoreError):
-                    decode_chain((number,), memoryview(data), view)
+                    decode_chain((number,), memoryview(data), view, base=beside)
                 assert guarded[:64] == guarded[-64:] == b"\xa5" * 64
 
 
 @given(number=st.sampled_from(sorted(NAMES)), data=st.binary(max_size=200), length=st.integers(0, 5000))
 def test_a_random_payload_is_refused_or_decodes(number: int, data: bytes, length: int) -> None:
+    base = bytes(length) if number == DELTA else None
     with suppress(CastoreError):
-        decode_chain((number,), memoryview(data), memoryview(bytearray(length)))
+        decode_chain((number,), memoryview(data), memoryview(bytearray(length)), base=base)
 
 
-@pytest.mark.parametrize("chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2)])
+@pytest.mark.parametrize("chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2), (16,), (3, 16)])
 def test_an_unknown_chain_is_refused(chain: tuple[int, ...]) -> None:
     with pytest.raises(CastoreError):
         decode_chain(chain, memoryview(bytes(10)), memoryview(bytearray(10)))

@@ -87,6 +87,7 @@ def case(*, structure: str = "", data: str | None = None, **fields: Any) -> Call
 
 WEIGHT = ("model/weight", "tied")
 ALL_STEPS = (1, 2, 3, 20, 99)
+SHARED = ("model/frozen", "optimizer/state/0/exp_avg")
 
 
 # ---- packs: what lies between header and trailer ---------------------------------------------------------------------
@@ -188,9 +189,8 @@ def missing_pack(shop: Workshop) -> None:
     loads=ChunkMissingError,
     lost={
         1: (),
-        **dict.fromkeys(
-            (2, 3, 20, 99), ("buffer", "model/frozen", "optimizer/state/0/exp_avg", "vocabulary", "window")
-        ),
+        **dict.fromkeys((2, 3, 20), ("buffer", "model/drift", *SHARED, "vocabulary", "window")),
+        99: ("buffer", *SHARED, "vocabulary", "window"),
     },
 )
 def missing_first_pack(shop: Workshop) -> None:
@@ -206,13 +206,61 @@ def swapped_packs(shop: Workshop) -> None:
     spare.rename(second)
 
 
-@case(structure="index pack part", loads=UnsupportedFormatError, lost=dict.fromkeys(ALL_STEPS, ()))
+@case(
+    structure="index pack part",
+    data="index pack part record",
+    loads=UnsupportedFormatError,
+    lost={1: ("model/drift",), **dict.fromkeys((2, 3, 20, 99), ())},
+)
 def pack_of_a_newer_format(shop: Workshop) -> None:
     path = shop.pack_file(shop.location("model/weight"))
     data = bytearray(path.read_bytes())
     struct.pack_into("<H", data, 8, 9)
     struct.pack_into("<Q", data, 56, checksum(bytes(data[:56])))
     path.write_bytes(data)
+
+
+# ---- bases: step 1 ← step 2 ← steps 3 and 20 -----------------------------------------------------------------------
+
+
+@case(loads=ChecksumError, data="record", lost=dict.fromkeys((1, 2, 3, 20), ("model/drift",)))
+def flipped_base(shop: Workshop) -> None:
+    location = shop.location("model/drift", ref="v1")
+    assert location.row.depth == 0
+    flip(shop.pack_file(location), location.row.offset + 50)
+
+
+@case(loads=ChecksumError, data="record", lost=dict.fromkeys((2, 3, 20), ("model/drift",)))
+def flipped_base_of_depth_1(shop: Workshop) -> None:
+    location = shop.location("model/drift", ref="main~1")
+    assert location.row.depth == 1
+    flip(shop.pack_file(location), location.row.offset + 50)
+
+
+@case(loads=ChecksumError, data="record", lost={3: ("model/drift",)})
+def flipped_difference(shop: Workshop) -> None:
+    location = shop.location("model/drift")
+    assert location.row.depth == 2
+    flip(shop.pack_file(location), location.row.offset + 50)
+
+
+@case(loads=ChunkMissingError, structure="record", lost={3: ("model/drift",)})
+def a_base_that_is_not_less_deep(shop: Workshop) -> None:
+    location = shop.location("model/drift")
+    rewrite_record(shop.pack_file(location), location.row, depth=1)
+
+
+@case(loads=ChecksumError, data="record", lost={3: ("model/drift",)})
+def a_base_that_is_another_chunk(shop: Workshop) -> None:
+    location = shop.location("model/drift")
+    other = shop.location("model/drift", ref="v1")
+    rewrite_record(shop.pack_file(location), location.row, base_id=other.row.chunk_id)
+
+
+@case(loads=CodecError, data="record", lost={3: ("model/drift",)})
+def a_difference_without_a_base(shop: Workshop) -> None:
+    location = shop.location("model/drift")
+    rewrite_record(shop.pack_file(location), location.row, base_id=None, depth=0)
 
 
 # ---- lengths that lie, their checksums put right ---------------------------------------------------------------------
@@ -252,7 +300,7 @@ def raw_bytes_that_the_manifest_does_not_expect(shop: Workshop) -> None:
     rewrite_record(shop.pack_file(location), location.row, raw_bytes=location.row.raw_bytes - 4)
 
 
-@case(data="record pack", loads=ChecksumError, lost={3: WEIGHT})
+@case(data="record", loads=ChecksumError, lost={3: WEIGHT})
 def stored_bytes_that_reach_into_the_next_record(shop: Workshop) -> None:
     location = shop.location("model/weight")
     rewrite_record(shop.pack_file(location), location.row, stored_bytes=location.row.stored_bytes + 64)

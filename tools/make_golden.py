@@ -41,7 +41,7 @@ class SteppingClock:
 
 
 def make_state(step: int) -> dict[str, Any]:
-    """A training state of Python and numpy values: arrays, shared memory, spilled text, inline values."""
+    """A training state of Python and numpy values: arrays, differences, shared memory, spilled text, inline values."""
     rng = np.random.default_rng(step)
     buffer = np.random.default_rng(100).standard_normal(30_000, dtype=np.float32)
     weight = rng.standard_normal((100, 500), dtype=np.float32)
@@ -50,6 +50,7 @@ def make_state(step: int) -> dict[str, Any]:
             "weight": weight,
             "bias": np.full(10, step, dtype=np.float32),
             "frozen": np.random.default_rng(101).standard_normal(50_000, dtype=np.float32),
+            "drift": np.random.default_rng(102).standard_normal(20_000, dtype=np.float32) * np.float32(1 + step / 1e6),
         },
         "optimizer": {
             "state": {0: {"step": step, "exp_avg": np.zeros(100_000, dtype=np.float32)}},

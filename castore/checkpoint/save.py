@@ -62,7 +62,7 @@ def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress
         for tag in request.tags:
             check_tag_free(handle.backend, tag)
         meter = _Meter(progress, total_bytes=2 * sum(payload.raw_bytes for payload in flat.payloads if payload))
-        handle.bases.set_budget()
+        handle.bases.set_budget(handle.base_memory_bytes)
         hashed = hash_state(flat, handle.hasher, progress=meter.advance)
         session = WriteSession(handle, now_ns)
         try:

@@ -33,6 +33,9 @@ class WriteSession:
         self._bases: Mapping[ChunkId, Base] = {}
         self._relied_on: dict[ChunkId, Locations] = {}
         """Chunks of the snapshot and the locations they rest on, bases included."""
+        self._keeps_bases = False
+        """Not for a snapshot without a parent: most are never followed by another of the same process, and reading an
+        anchor back costs less than touching that much fresh memory."""
         self._writer: ChunkWriter | None = None
 
     def find_present(self, sources: Mapping[ChunkId, Source]) -> frozenset[ChunkId]:
@@ -47,18 +50,18 @@ class WriteSession:
             wanted = candidates(entries, parents, id_bytes=self.handle.hasher.digest_bytes)
             fresh = {chunk_id: base for chunk_id, base in wanted.items() if chunk_id not in self._relied_on}
             self._bases = plan_bases(fresh, self.handle.store, self._condemned)
+            self._keeps_bases = True
 
     def write(self, writes: Iterable[Write], *, progress: Callable[[int], None]) -> int:
         """Write chunks into new packs, durably, and add them to the index; returns the bytes of the packs."""
         handle = self.handle
-        keeps_bases = handle.config.options.compression == "auto"
         self._writer = ChunkWriter(
             handle.backend,
             handle.hasher,
             handle.config.repository_id,
             compression=handle.config.options.compression,
             now_ns=self.now_ns,
-            keep_base=handle.bases.put if keeps_bases else None,
+            keep_base=handle.bases.put if self._keeps_bases else None,
         )
         for write in writes:
             if write.as_run:

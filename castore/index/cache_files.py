@@ -6,6 +6,7 @@ import fcntl
 import os
 import stat
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from castore.backend.syscalls import LOCK_FLAGS, LockedFile
@@ -69,8 +70,9 @@ def take_lock(path: Path, *, shared: bool) -> LockedFile:
 
 def _open_lock(path: Path) -> LockedFile:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_symlink() or path.is_dir():
-        clear_away(path)
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            clear_away(path)
     return LockedFile(str(path), LOCK_FLAGS)
 
 

@@ -38,6 +38,12 @@ def report_losses(
             findings.problem("record", fault.name, f"{fault.message}; nothing is lost: {why}")
     recorded = {fault.row.chunk_id for fault in survey.faults}
     _report_absent(sorted(touched.lost - recorded - set(explained)), touched, findings)
+    for fault in survey.faults:
+        # Records that rest on each other in a circle have no other cause than themselves.
+        if touched.goes_with_base(fault) and fault.row.chunk_id not in touched.named:
+            affected = touched.by(fault.row.chunk_id)
+            if affected:
+                findings.problem("record", fault.name, fault.message, affected)
 
 
 class _Touched:
@@ -50,6 +56,8 @@ class _Touched:
         needs: Needs,
         survey: Survey,
     ) -> None:
+        self.named: set[ChunkId] = set()
+        """Lost chunks that `by` was asked for, or that rest on them."""
         self._survey = survey
         self._resting: dict[ChunkId, set[ChunkId]] = {}
         """Lost base → lost chunks whose records rest on it."""
@@ -76,6 +84,7 @@ class _Touched:
                 pending.extend(self._resting.get(current, ()))
                 for snapshot_id, paths in self._affected.get(current, {}).items():
                     merged.setdefault(snapshot_id, set()).update(paths)
+        self.named |= seen
         return merged
 
 

@@ -51,15 +51,10 @@ class Composite:
     """Path component → tensor; they share the memory of the whole."""
 
 
-def take_apart(tensor: Any, path: str) -> Composite | None:
-    """The parts of a sparse or quantized tensor; None for a plain one. Raises UnsupportedLeafError for other
-    layouts.
-    """
-    torch = require_torch("a tensor")
+def take_apart(tensor: Any, path: str) -> Composite:
+    """The parts of a sparse or quantized tensor. Raises UnsupportedLeafError for any other layout."""
     if tensor.is_quantized:
         return _take_apart_quantized(tensor, path)
-    if tensor.layout is torch.strided:
-        return None
     layout = str(tensor.layout).removeprefix("torch.")
     tensor = tensor.detach()
     attrs: dict[str, Any] = {"layout": layout, "shape": [int(size) for size in tensor.shape]}

@@ -176,21 +176,22 @@ def _examine(value: Any, path: str) -> Encoded | Array | Composite | None:
         return numpy_array(value, path)
     torch = loaded_torch()
     if torch is not None and kind in (torch.Tensor, torch.nn.Parameter):
-        return _examine_tensor(value, path)
+        plain = value.layout is torch.strided and not value.is_quantized
+        return _examine_tensor(value, path, plain=plain)
     is_module = torch is not None and isinstance(value, torch.nn.Module)
     if is_module or isinstance(value, enum.Enum) or not (is_namedtuple(value) or is_dataclass(value)):
         raise unsupported(value, path)
     return None
 
 
-def _examine_tensor(value: Any, path: str) -> Array | Composite:
+def _examine_tensor(value: Any, path: str, *, plain: bool) -> Array | Composite:
     if value.device.type == "meta":
         raise UnsupportedLeafError(
             path, "torch.Tensor on the meta device", "it has no data: materialize it before saving"
         )
     if value.is_nested:
         raise UnsupportedLeafError(path, "nested torch.Tensor", "save list(tensor.unbind())")
-    return take_apart(value, path) or torch_array(value, path)
+    return torch_array(value, path) if plain else take_apart(value, path)
 
 
 def _open_container(value: Any, path: str) -> tuple[Kind, dict[str, Any], dict[str, Any], list[tuple[str, Any]]]:

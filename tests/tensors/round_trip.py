@@ -24,6 +24,7 @@ from castore.tensors import (
     select,
     unflatten,
 )
+from tests.tensors import quiet as quiet
 
 PIECE_BYTES = 48
 """Pieces in which payloads are read and targets written: small and a multiple of 16, as the grid is."""

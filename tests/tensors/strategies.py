@@ -8,10 +8,8 @@ scalars()    everything that is no array and no container
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import warnings
 from collections import OrderedDict, namedtuple
 from typing import Any, NamedTuple
 
@@ -19,12 +17,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-with warnings.catch_warnings():
-    # torch says these things once a process: say them now, so that no test fails of them.
-    warnings.simplefilter("ignore")
-    torch.eye(2).to_sparse_csr()
-    torch.empty(1, dtype=torch.complex32)
-    copy.deepcopy(torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.qint8))
+from tests.tensors import quiet as quiet
 
 Plain = namedtuple("Plain", ["first", "second"])  # noqa: PYI024  the untyped way is what is tested
 
