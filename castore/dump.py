@@ -49,6 +49,8 @@ _LMDB_MAGIC_AT = 16
 _GUARD_MAGIC = b"CASTGARD"
 _HEAD_SHOWN_BYTES = 64
 _SNAPSHOT_BODY_AT = 24
+_DEPTH_MAX = 50
+"""Levels of nesting shown: deeper than any metadata, and safe for the interpreter's stack."""
 
 
 def dump(path: str | os.PathLike[str], *, limit: int | None = ROWS_SHOWN) -> dict[str, Any]:
@@ -114,9 +116,13 @@ def _unknown(reader: RangeReader, where: str, problems: list[str], limit: int | 
 
 
 def _index(reader: RangeReader, where: str, problems: list[str], limit: int | None) -> dict[str, Any]:
-    del where, problems, limit
-    guard = reader.read(0, min(len(_GUARD_MAGIC), reader.size_bytes)) == _GUARD_MAGIC
-    what = "digests of the pages of index.lmdb" if guard else "LMDB file: a cache of the packs' tables"
+    del problems, limit
+    if reader.read(0, min(len(_GUARD_MAGIC), reader.size_bytes)) == _GUARD_MAGIC:
+        what = "digests of the pages of index.lmdb"
+    elif Path(where).name.endswith("lock"):
+        what = "a lock: its bytes mean nothing by themselves"
+    else:
+        what = "LMDB file: a cache of the packs' tables"
     return {"kind": "index", "holds": what, "advice": "it may be deleted; `castore reindex` builds it again"}
 
 
@@ -352,8 +358,10 @@ def _check_text(kind: str, data: bytes, fields: Mapping[str, Any], where: str, p
             problems.append(f"{where}: expected ref {expected!r}, found {fields['name']!r}: the files were swapped")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """JSON for whatever msgpack or json gave: bytes as hex, what JSON cannot hold as text."""
+    if depth > _DEPTH_MAX:
+        return "…"
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, str):
@@ -363,7 +371,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(item) for key, item in value.items()}
+        return {str(_plain(key, depth + 1)): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     return str(value)

@@ -19,15 +19,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from castore.backend.base import Backend, RangeReader
 from castore.codec.registry import decode_chain
 from castore.errors import (
+    CastoreError,
     ChecksumError,
     ChunkMissingError,
     DamageError,
     NotFoundError,
+    RepositoryAccessError,
     StorageError,
     UnsupportedFormatError,
 )
 from castore.format.layout import PACKS, pack_name, parse_pack_name
-from castore.format.pack import Row
+from castore.format.pack import Row, check_row
 from castore.hashing import Hasher, checksum
 from castore.ids import ChunkId, PackId
 from castore.index.base import Index, Location
@@ -50,7 +52,7 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._listing: frozenset[PackId] | None = None
         self._readers = _ReaderCache(backend)
-        self.damaged_packs: dict[PackId, DamageError] = {}
+        self.damaged_packs: dict[PackId, CastoreError] = {}
         """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
 
     # ---- look-up -----------------------------------------------------------------------------------------------
@@ -112,20 +114,29 @@ class ChunkStore:
             self._index.add(batch)
 
     def _table_or_salvage(self, pack_id: PackId) -> list[Row] | None:
-        """The rows of a pack; from a scan when its table is damaged; None when it has gone meanwhile."""
+        """The rows of a pack; from a scan when its table is damaged; None when it has gone or cannot be read now."""
         name = pack_name(pack_id)
         try:
             reader = self._backend.open_reader(name)
+            try:
+                return self._read_rows(reader, pack_id)
+            finally:
+                reader.close()
         except NotFoundError:
             return None
+        except (StorageError, RepositoryAccessError) as error:
+            # One bad sector must not keep the other packs from being read; the next refresh tries again.
+            self.damaged_packs[pack_id] = error
+            return None
+
+    def _read_rows(self, reader: RangeReader, pack_id: PackId) -> list[Row]:
+        name = pack_name(pack_id)
         try:
             return read_table(reader, where=name, expected_id=pack_id, hasher=self.hasher)
         except DamageError as error:
             self.damaged_packs[pack_id] = error
             found = scan_records(reader, where=name, id_bytes=self.hasher.digest_bytes)
             return [row for row in found if not isinstance(row, Gap)]
-        finally:
-            reader.close()
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
@@ -168,31 +179,40 @@ class ChunkStore:
     def _read_one(self, location: Location, out: memoryview, *, verify: bool) -> None:
         row = location.row
         where = f"pack {location.pack_id}, record of chunk {row.chunk_id.hex()} at {row.offset}"
+        check_row(row, where=where)  # the index is a hint, for lengths too
         if row.raw_bytes != len(out):
             raise ChecksumError(f"{where}: expected {len(out)} raw bytes, found {row.raw_bytes} declared")
         reader = self._readers.open(location.pack_id)
+        self._decode(row, reader, out, where=where, verify=verify, verify_base=False)
+        if not verify or self.hasher.digest(out) == row.chunk_id:
+            return
+        if row.base_id is not None:
+            # A place of the base may hold other bytes than its id says: take one that does not, or hear which is bad.
+            self._decode(row, reader, out, where=where, verify=verify, verify_base=True)
+        found = self.hasher.digest(out)
+        if found != row.chunk_id:
+            raise ChecksumError(
+                f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; run `castore verify "
+                "--data`"
+            )
+
+    def _decode(
+        self, row: Row, reader: RangeReader, out: memoryview, *, where: str, verify: bool, verify_base: bool
+    ) -> None:
+        """Read one record and undo its chain. A raw one is left to its chunk id when that is verified."""
         if not row.chain:
             reader.read_into(row.offset, out)
             if not verify:
                 check_stored(row, out, where=where)
-        else:
-            base = self.read_base(row, where=where) if row.base_id is not None else None
-            stored = _memory(_STORED, row.stored_bytes)
-            reader.read_into(row.offset, stored)
-            check_stored(row, stored, where=where)
-            try:
-                decode_chain(row.chain, stored, out, base=base)
-            except DamageError as error:
-                raise type(error)(f"{where}: {error}") from error
-        if verify:
-            found = self.hasher.digest(out)
-            if found != row.chunk_id:
-                if row.base_id is not None:
-                    self.read_base(row, where=where, verify=True)  # raises when the base is to blame
-                raise ChecksumError(
-                    f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}; "
-                    "run `castore verify --data`"
-                )
+            return
+        base = self.read_base(row, where=where, verify=verify_base) if row.base_id is not None else None
+        stored = _memory(_STORED, row.stored_bytes)
+        reader.read_into(row.offset, stored)
+        check_stored(row, stored, where=where)
+        try:
+            decode_chain(row.chain, stored, out, base=base)
+        except DamageError as error:
+            raise type(error)(f"{where}: {error}") from error
 
     def read_base(self, row: Row, *, where: str, verify: bool = False) -> memoryview:
         """The raw bytes of a record's base, in memory of this thread, until the next record of that depth is read.

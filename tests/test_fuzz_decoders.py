@@ -27,7 +27,7 @@ from castore.backend import MemoryBackend
 from castore.codec.base import Elements
 from castore.codec.delta import Choice, encode_delta
 from castore.codec.registry import DELTA, NAMES, codec_numbered, decode_chain
-from castore.codec.transform import BASE_MODES
+from castore.codec.transform import BASE_MODES, Mode
 from castore.dump import dump_reader
 from castore.errors import CastoreError
 from castore.format import layout, paths
@@ -458,8 +458,8 @@ def encodings(number: int) -> Encodings:
                 found.append((raw, bytes(payload), None))
             continue
         base = bytes(byte ^ (index % 97 == 0) for index, byte in enumerate(raw))
-        for mode in BASE_MODES:
-            delta = encode_delta(raw, base, elements, Choice(mode, 0.999, 0.5))
+        for mode in BASE_MODES - ({Mode.SCALED} if elements.item_bytes != 4 else set()):
+            delta = encode_delta(raw, base, elements, Choice(mode, float(np.float32(0.999)), 0.5))
             if delta is not None:
                 found.append((raw, bytes(delta), base))
     return found

@@ -6,7 +6,7 @@
     4  the killed run is started again, and goes on from the last committed snapshot
     5  both runs end with the same bits: state ids, and every tensor compared
 
-Each claim is checked; the exit code is 1 when one fails, 2 when the demo cannot run. Two minutes on 2 cores.
+Each claim is checked; the exit code is 1 when one fails, 2 when the demo cannot run. Under three minutes on 2 cores.
 """
 
 from __future__ import annotations

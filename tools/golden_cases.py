@@ -210,7 +210,7 @@ def swapped_packs(shop: Workshop) -> None:
     structure="index pack part",
     data="index pack part record",
     loads=UnsupportedFormatError,
-    lost={1: ("model/drift",), **dict.fromkeys((2, 3, 20, 99), ())},
+    lost=dict.fromkeys(ALL_STEPS, ()),
 )
 def pack_of_a_newer_format(shop: Workshop) -> None:
     path = shop.pack_file(shop.location("model/weight"))

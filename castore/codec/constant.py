@@ -24,9 +24,7 @@ class Constant:
             if len(data) < 2 * unit_bytes or len(data) % unit_bytes:
                 return None
             # Probes rule nearly every chunk out before the whole is looked at.
-            if _probes_repeat(data, unit_bytes) and checksum(data[unit_bytes:]) == checksum(data[:-unit_bytes]):
-                # Bytes that equal themselves shifted by one unit repeat it. Equal checksums only suggest that: the
-                # chooser proves every record by its chunk id.
+            if _probes_repeat(data, unit_bytes) and _equals_itself_shifted(data, unit_bytes):
                 return bytes(data[:unit_bytes])
         return None
 
@@ -42,6 +40,12 @@ def _probes_repeat(data: memoryview, unit_bytes: int) -> bool:
     last = len(data) // unit_bytes - 1
     places = {last * index // _PROBES for index in range(_PROBES + 1)}
     return all(data[place * unit_bytes : (place + 1) * unit_bytes] == unit for place in places)
+
+
+def _equals_itself_shifted(data: memoryview, unit_bytes: int) -> bool:
+    """Bytes that equal themselves shifted by one unit repeat it. Checksums first: they are faster than a comparison."""
+    left, right = data[unit_bytes:], data[:-unit_bytes]
+    return checksum(left) == checksum(right) and bytes(left) == bytes(right)
 
 
 def _repeat(unit: bytes, length: int) -> bytes:

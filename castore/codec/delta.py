@@ -30,6 +30,8 @@ _WINDOWS, _WINDOW_BYTES = 8, 4096
 _RATIO_ITEMS = 2048
 _PREFER_SELF = 1.03
 """A delta must promise to be this much smaller than the chunk by itself: it costs a load the reading of its base."""
+_PREFER_UNSCALED = 1.01
+"""A factor must promise to gain this much: multiplying costs a pass, on every load too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
     if width == 4 and elements.is_float and (alpha := _decay(sample, other)) is not None:
         candidates.append((Mode.SCALED, alpha))
     for mode, alpha in candidates:
-        share = _share(sample, other, width, mode, alpha)
+        share = _share(sample, other, width, mode, alpha) * (_PREFER_UNSCALED if mode is Mode.SCALED else 1)
         if share < best.share:
             best = Choice(mode, alpha, share)
     return best

@@ -15,7 +15,7 @@ of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multipl
     record (32 + 2n bytes, then the stored payload)
         0   4  magic "CREC"
         4   1  record kind                  1 leaf data, 2 manifest part, 3 id list
-        5   1  depth                        bases to read before this one decodes; 0 without a base
+        5   1  depth                        bases to read before this one decodes; 0 without a base, at most 16
         6   2  flags                        0
         8   4  codec chain                  up to four codec numbers in order of encoding, 0 ends it
        12   4  stored bytes
@@ -85,6 +85,8 @@ RUN_FIXED_BYTES = 4 + 1 + 1 + 2 + 4 + 4 + 8 + 8
 ALIGN_BYTES = 8
 CHAIN_LENGTH_MAX = 4
 FLAG_IN_RUN = 1
+DEPTH_MAX = 16
+"""Deepest record of any valid pack, far above what writers make: a reader keeps one chunk in memory for each level."""
 
 _HEADER = struct.Struct("<8sHBB4xQ16s16sQ")
 _TRAILER = struct.Struct("<8sQQQ16s8xQ")
@@ -387,6 +389,7 @@ def check_row(row: Row, *, where: str) -> None:
         row.raw_bytes > raw_max
         or row.stored_bytes > stored_max
         or unequal
+        or row.depth > DEPTH_MAX
         or (row.depth > 0) != (row.base_id is not None)
     ):
         raise FormatError(

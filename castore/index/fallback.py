@@ -1,11 +1,7 @@
-"""An index that goes on in memory when its cache cannot be used any more: a full disk must not fail a
-save.
-"""
+"""An index that goes on in memory when its cache cannot be used any more: a full disk must not fail a save."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Collection, Mapping, Sequence
 
 from castore.errors import StorageError
@@ -13,8 +9,6 @@ from castore.format.pack import Row
 from castore.ids import ChunkId, PackId
 from castore.index.base import Index, Location
 from castore.index.memory import MemoryIndex
-
-_log = logging.getLogger(__name__)
 
 
 class FallbackIndex:
@@ -27,8 +21,8 @@ class FallbackIndex:
     """
 
     def __init__(self, cache: Index | None, *, reason: str | None = None) -> None:
-        self._lock = threading.Lock()
         self._cache = cache
+        self._opened = cache
         self._memory = MemoryIndex()
         self.reason = reason
         """Why memory is in use; None while the cache takes everything."""
@@ -74,34 +68,36 @@ class FallbackIndex:
 
     def forget(self, packs: Collection[PackId]) -> None:
         """See Index.forget."""
+        cache = self._cache
         self._memory.forget(packs)
-        if self._cache is not None:
+        if cache is not None:
             try:
-                self._cache.forget(packs)
+                cache.forget(packs)
             except StorageError as error:
                 self._give_up(error)
 
     def clear(self) -> None:
         """See Index.clear."""
+        cache = self._cache
         self._memory.clear()
-        if self._cache is not None:
+        if cache is not None:
             try:
-                self._cache.clear()
+                cache.clear()
             except StorageError as error:
                 self._give_up(error)
 
     def close(self) -> None:
         """See Index.close."""
-        with self._lock:
-            cache, self._cache = self._cache, None
-        if cache is not None:
-            cache.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _give_up(self, error: StorageError) -> None:
         self._note(error)
-        self.close()
+        self._cache = None  # closed only with this object: other threads may be in the middle of a call
 
     def _note(self, error: StorageError) -> None:
         if self.reason is None:
-            _log.warning("the index goes on in memory: %s", error)
+            import logging  # 6 ms of start-up, for what hardly ever happens
+
+            logging.getLogger(__name__).warning("the index goes on in memory: %s", error)
         self.reason = str(error)

@@ -62,8 +62,8 @@ _Item = tuple[bytes, bytes]
 def open_lmdb_index(cache_dir: Path, *, repository_id: bytes, id_bytes: int) -> LmdbIndex:
     """The index in that directory, which is created; empty when there is none, or none that can be trusted.
 
-    Verifies the whole file (120 ms for 3 million chunks in the page cache). Waits up to 10 s for another process. Raises StorageError when the directory cannot be used: permission, full disk, a lock that is
-    never released.
+    Verifies the whole file (120 ms for 3 million chunks in the page cache). Waits up to 10 s for another
+    process. Raises StorageError when the directory cannot be used: permission, full disk, a lock held for ever.
     """
     return LmdbIndex(_open_environment(cache_dir, repository_id, id_bytes))
 

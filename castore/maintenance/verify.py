@@ -5,8 +5,9 @@
 Roots are read before what they need, as writers make them last: beside running saves nothing looks missing
 that is not. Damage is a finding, never an exception. One pass over the manifests collects what snapshots
 need, one over the packs finds what is there; only when something is lost are the manifests read again, to
-name the leaves. So each record is read once, however many snapshots share it. Memory holds one entry for
-each distinct chunk that is needed, and of payloads a few MiB a thread.
+name the leaves. So each record is read once, however many snapshots share it (a base and a manifest part once
+more, for what rests on them). Memory holds an entry for each chunk, the row of each record that has a base, and of
+payloads a few MiB a thread.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from castore.format.pack import (
 )
 from castore.hashing import Hasher
 from castore.ids import PackId
+from castore.options import PAGE_BYTES
 
 _SCAN_BYTES = 4 * 1024 * 1024
 _MAGICS = re.compile(re.escape(RECORD_MAGIC) + b"|" + re.escape(RUN_MAGIC))
@@ -74,38 +75,49 @@ def scan_records(reader: RangeReader, *, where: str, id_bytes: int) -> Iterator[
     """Every record whose header is whole, found without the table; what lies between them as gaps.
 
     Headers are checked, payloads are not. Table and trailer, when they are there, come out as the last gap.
+    Takes time in proportion to the pack, whatever is in it: long headers of runs that prove to be none are read until
+    they add up to the length of the pack, after that only those of one page.
     """
     position, gap_start = HEADER_BYTES, HEADER_BYTES
+    budget = reader.size_bytes
     magics = _MagicFinder(reader)
     while position < reader.size_bytes:
-        rows, end = _record_at(reader, position, where=where, id_bytes=id_bytes)
+        rows, end, read_bytes = _record_at(
+            reader, position, where=where, id_bytes=id_bytes, run_bytes_max=max(budget, PAGE_BYTES)
+        )
         if rows:
             if position > gap_start:
                 yield Gap(gap_start, position - gap_start)
             yield from rows
             position = gap_start = end
         else:
+            budget -= read_bytes
             position = magics.next_from(position + ALIGN_BYTES)
     if reader.size_bytes > gap_start:
         yield Gap(gap_start, reader.size_bytes - gap_start)
 
 
-def _record_at(reader: RangeReader, offset: int, *, where: str, id_bytes: int) -> tuple[list[Row], int]:
-    """The rows of the record or run at `offset` and the offset after it; no rows when there is none."""
+def _record_at(
+    reader: RangeReader, offset: int, *, where: str, id_bytes: int, run_bytes_max: int
+) -> tuple[list[Row], int, int]:
+    """The rows of the record or run at `offset`, the offset after it, and the bytes of a run's header that were read;
+    no rows when there is none.
+    """
     where = f"{where}, record at {offset}"
-    header_bytes = record_header_bytes(id_bytes)
-    head = reader.read(offset, min(header_bytes, reader.size_bytes - offset))
+    head = reader.read(offset, min(record_header_bytes(id_bytes), reader.size_bytes - offset))
+    read_bytes = 0
     try:
         if head[:4] == RECORD_MAGIC:
             row = decode_record_header(head, offset=offset, id_bytes=id_bytes, where=where)
-            return _within([row], reader.size_bytes)
+            return *_within([row], reader.size_bytes), read_bytes
         if head[:4] == RUN_MAGIC:
             _, run_bytes, _ = decode_run_fixed(head, id_bytes=id_bytes, where=where)
-            header = reader.read(offset, min(run_bytes, reader.size_bytes - offset))
-            return _within(decode_run_header(header, offset=offset, id_bytes=id_bytes, where=where), reader.size_bytes)
+            read_bytes = min(run_bytes, reader.size_bytes - offset, run_bytes_max)
+            rows = decode_run_header(reader.read(offset, read_bytes), offset=offset, id_bytes=id_bytes, where=where)
+            return *_within(rows, reader.size_bytes), read_bytes
     except DamageError:
         pass
-    return [], offset
+    return [], offset, read_bytes
 
 
 def _within(rows: list[Row], pack_bytes: int) -> tuple[list[Row], int]:

@@ -377,7 +377,7 @@ def rows(draw: st.DrawFn) -> Row:
         draw(st.integers(0, 2**64 - 1)),
         chain,
         kind,
-        draw(st.integers(1, 255)) if base else 0,
+        draw(st.integers(1, 16)) if base else 0,
         ChunkId(base) if base else None,
     )
 

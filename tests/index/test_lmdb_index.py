@@ -18,7 +18,7 @@ from castore.format.pack import Row
 from castore.ids import ChunkId
 from castore.index import Index, cache_files, lmdb_environment, lmdb_index, open_lmdb_index
 from castore.index.lmdb_file import changed_pages, read_free_lists, read_meta
-from castore.index.lmdb_guard import read_guard
+from castore.index.lmdb_guard import Guard, read_guard
 from castore.index.lmdb_registry import _environments
 from tests.suites.forked import in_child, running_child
 from tests.suites.index_suite import IndexSuite, agrees, find_one, pack, row, table
@@ -259,6 +259,20 @@ def test_a_forked_child_uses_an_environment_of_its_own(index: Index, tmp_path: P
     assert index.packs() == {pack(1), pack(2), pack(3)}
     index.forget([pack(2)])
     assert index.packs() == {pack(1), pack(3)}
+
+
+def test_a_fork_does_not_cost_the_parent_a_verification(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = []
+    index.add({pack(1): table([1])})
+    monkeypatch.setattr(Guard, "check", lambda *_: checks.append(1))
+    in_child(lambda: None)
+    assert index.packs() == {pack(1)}
+    assert not checks
+    in_child(lambda: open_at(tmp_path).add({pack(2): table([2])}))
+    assert index.packs() == {pack(1), pack(2)}
+    assert checks == [1], "what another process wrote meanwhile is verified"
 
 
 def test_a_child_may_outlive_its_parents_handle(index: Index, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -280,6 +281,30 @@ def test_the_scan_of_a_damaged_pack_reads_blocks_not_bytes(monkeypatch: pytest.M
     assert rows_of(found) == [sealed.rows[1]]
     assert len(reads) < 40
     assert max(reads) == 4096
+
+
+def test_a_pack_full_of_false_runs_is_scanned_in_time_that_grows_with_its_length() -> None:
+    # Guards against a pack of a stranger that makes every 8 bytes look like the long header of a run.
+    count = 20_000
+    header_bytes = RUN_FIXED_BYTES + 24 * count
+    false = struct.pack("<4sBBHIIQQ", RUN_MAGIC, 1, 16, 0, count, header_bytes, count << 20, 0)
+    backend = MemoryBackend()
+    sealed = write_pack(backend, [false * 32_000, b"last"])
+    rewrite(backend, NAME, flip(HEADER_BYTES + 20))
+    inner = backend.open_reader(NAME)
+    reads: list[int] = []
+
+    class Counting:
+        size_bytes = inner.size_bytes
+        read_into = inner.read_into
+        close = inner.close
+
+        def read(self, offset: int, size_bytes: int) -> bytes:
+            reads.append(size_bytes)
+            return inner.read(offset, size_bytes)
+
+    assert rows_of(list(scan_records(Counting(), where=NAME, id_bytes=16))) == [sealed.rows[1]]
+    assert sum(reads) < 200 * inner.size_bytes
 
 
 def test_a_magic_on_the_border_of_two_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

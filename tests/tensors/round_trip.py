@@ -24,7 +24,7 @@ from castore.tensors import (
     select,
     unflatten,
 )
-from tests.tensors import quiet as quiet
+from tests.tensors import quiet  # noqa: F401  importing it is what it is for
 
 PIECE_BYTES = 48
 """Pieces in which payloads are read and targets written: small and a multiple of 16, as the grid is."""

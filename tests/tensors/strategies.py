@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from tests.tensors import quiet as quiet
+from tests.tensors import quiet  # noqa: F401  importing it is what it is for
 
 Plain = namedtuple("Plain", ["first", "second"])  # noqa: PYI024  the untyped way is what is tested
 
