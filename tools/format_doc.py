@@ -1,4 +1,4 @@
-"""Keep docs/FORMAT.md and the layouts drawn in the code the same: the drawings live in module docstrings and are copied.
+"""Keep docs/FORMAT.md and the layouts drawn in the code the same: they live in module docstrings and are copied.
 
     python tools/format_doc.py            check, exit 1 when they differ
     python tools/format_doc.py --write    copy the docstrings into the document

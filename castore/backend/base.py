@@ -195,9 +195,7 @@ def os_error(error: OSError, where: str, action: str) -> CastoreError:
     if error.errno == errno.ENOENT:
         failure = NotFoundError(message)
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RepositoryAccessError(
-            f"{message}; check owner, permissions, and whether it is mounted read-only"
-        )
+        return RepositoryAccessError(f"{message}; check owner, permissions, and whether it is mounted read-only")
     elif error.errno in (errno.ENOSPC, errno.EDQUOT):
         failure = NoSpaceError(f"{message}; free some space and try again, nothing stored before is lost")
     else:
@@ -227,9 +225,7 @@ def truncated(where: str, *, offset: int, expected: int, found: int) -> FormatEr
 
 def too_large(where: str, *, expected: int, found: int) -> FormatError:
     """The error for a file that is larger than its kind may be."""
-    return FormatError(
-        f"{where}: expected at most {expected} bytes, found {found}; the file is damaged or foreign"
-    )
+    return FormatError(f"{where}: expected at most {expected} bytes, found {found}; the file is damaged or foreign")
 
 
 def byte_view(data: Buffer) -> memoryview:

@@ -99,16 +99,10 @@ class LocalBackend:
 
     def list(self, prefix: str) -> Iterator[FileInfo]:
         check_prefix(prefix)
-        return iter(
-            sorted((info for info in self._walk(prefix) if not _is_temporary(info.name)), key=_name_of)
-        )
+        return iter(sorted((info for info in self._walk(prefix) if not _is_temporary(info.name)), key=_name_of))
 
     def temporaries(self, *, modified_before_ns: int) -> Iterator[FileInfo]:
-        found = (
-            info
-            for info in self._walk("")
-            if _is_temporary(info.name) and info.modified_ns < modified_before_ns
-        )
+        found = (info for info in self._walk("") if _is_temporary(info.name) and info.modified_ns < modified_before_ns)
         return iter(sorted(found, key=_name_of))
 
     def stat(self, name: str) -> FileInfo | None:
@@ -199,9 +193,7 @@ class LocalBackend:
                         if entry.is_dir(follow_symlinks=False):
                             if name.startswith(prefix) or prefix.startswith(f"{name}/"):
                                 pending.append(name)
-                        elif (
-                            name.startswith(prefix) and entry.is_file(follow_symlinks=False) and is_name(name)
-                        ):
+                        elif name.startswith(prefix) and entry.is_file(follow_symlinks=False) and is_name(name):
                             with suppress(FileNotFoundError):
                                 yield _info(name, entry.stat(follow_symlinks=False))
 

@@ -226,6 +226,4 @@ def _close_in_child() -> None:
     _fork_lock.release()
 
 
-os.register_at_fork(
-    before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_in_child
-)
+os.register_at_fork(before=_fork_lock.acquire, after_in_parent=_fork_lock.release, after_in_child=_close_in_child)

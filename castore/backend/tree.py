@@ -142,9 +142,7 @@ class Tree:
         """Make a directory and what is missing above it, each durable in its parent."""
         if path == self.root and self.root_seen and not os.path.isdir(path):
             # Writing on would fill the disk below a mount point with packs that belong to no repository.
-            raise NotFoundError(
-                f"{path}: the directory was there before and is gone; was it removed or unmounted?"
-            )
+            raise NotFoundError(f"{path}: the directory was there before and is gone; was it removed or unmounted?")
         try:
             os.mkdir(path)
         except FileExistsError:

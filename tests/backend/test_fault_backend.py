@@ -90,9 +90,7 @@ def test_every_call_is_counted() -> None:
 @pytest.mark.parametrize("unsynced", UNSYNCED)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("at", range(len(OPERATIONS)))
-def test_what_returned_is_durable_and_what_did_not_is_there_or_not(
-    at: int, moment: Moment, unsynced: Unsynced
-) -> None:
+def test_what_returned_is_durable_and_what_did_not_is_there_or_not(at: int, moment: Moment, unsynced: Unsynced) -> None:
     changes: list[Callable[[dict[str, bytes]], object]] = [
         lambda files: files.update({"packs/x": b"pack"}),
         lambda files: files.update({"snapshots/x": b"snapshot"}),

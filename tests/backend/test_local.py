@@ -29,9 +29,7 @@ from tests.suites.backend_suite import BackendSuite, names
 from tests.suites.fault_backend import UNSYNCED, SimulatedCrash, Unsynced
 from tests.suites.power_loss import PowerLossOs
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*fork.*:DeprecationWarning"
-)  # Python 3.12: our children are tame
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12: our children are tame
 
 ANY_TIME = 1 << 62
 
@@ -119,9 +117,7 @@ def run_until_crash(disk: PowerLossOs, steps_max: int = len(STEPS)) -> int:
 
 def visible(disk: PowerLossOs, unsynced: Unsynced) -> dict[str, bytes]:
     """What a backend would list after the crash; without leases, which may be in any state."""
-    files = {
-        name.removeprefix("new/store/"): data for name, data in disk.survivors(unsynced=unsynced).items()
-    }
+    files = {name.removeprefix("new/store/"): data for name, data in disk.survivors(unsynced=unsynced).items()}
     return {n: d for n, d in files.items() if "/." not in f"/{n}" and not n.startswith("leases/")}
 
 
@@ -155,9 +151,7 @@ def test_a_power_cut_at_any_system_call_keeps_what_was_promised(tmp_path: Path) 
     assert broken_promises(tmp_path) == []
 
 
-def test_the_model_notices_a_missing_sync_of_a_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_notices_a_missing_sync_of_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(syscalls, "sync_directory", ignore)
     assert any("lost" in promise for promise in broken_promises(tmp_path))
 
@@ -251,9 +245,7 @@ def test_a_failed_write_closes_the_stream(backend: LocalBackend, monkeypatch: py
     sink.write(b"abc")
     with monkeypatch.context() as patch:
         patch.setattr(os, "writev", full_disk)
-        with pytest.raises(
-            NoSpaceError, match=r"packs/x: cannot write: No space left on device; free some space"
-        ):
+        with pytest.raises(NoSpaceError, match=r"packs/x: cannot write: No space left on device; free some space"):
             sink.write(b"def")
     with pytest.raises(StorageError, match="the stream is closed"):
         sink.commit()
@@ -353,9 +345,7 @@ def test_a_root_that_vanished_is_not_made_again(backend: LocalBackend, tmp_path:
 # ---- strangers' files --------------------------------------------------------------------------------------
 
 
-def test_links_and_special_files_are_neither_followed_nor_listed(
-    backend: LocalBackend, tmp_path: Path
-) -> None:
+def test_links_and_special_files_are_neither_followed_nor_listed(backend: LocalBackend, tmp_path: Path) -> None:
     backend.put_if_absent("packs/x", b"abc")
     packs = tmp_path / "new" / "store" / "packs"
     (tmp_path / "secret").write_text("secret")
@@ -543,9 +533,7 @@ def test_a_claim_dies_with_its_process(backend: LocalBackend) -> None:
     assert backend.delete("leases/a") is True
 
 
-def test_a_forked_child_neither_keeps_nor_releases_a_claim(
-    backend: LocalBackend, children: list[Child]
-) -> None:
+def test_a_forked_child_neither_keeps_nor_releases_a_claim(backend: LocalBackend, children: list[Child]) -> None:
     """A data-loader worker outlives the training process that was killed: gc must not wait for the worker."""
     claim = backend.claim("leases/a", b"who")
     children.append(Child(claim.release))
