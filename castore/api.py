@@ -343,7 +343,7 @@ class Repository:
 
     def _settle(self) -> None:
         """Let background saves end, so that what follows continues from them; raise what went wrong."""
-        if self._saver is not None:
+        if self._saver is not None and self._saver.is_of_this_process:
             self._saver.wait()
             self._saver.raise_failure()
 

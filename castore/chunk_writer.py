@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from castore.backend.base import Backend
 from castore.codec.base import Elements
 from castore.codec.chooser import Encoded, encode_chunk
-from castore.errors import CodecError, DamageError
+from castore.errors import CodecError, DamageError, StorageError
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, RecordKind
 from castore.hashing import Hasher
@@ -41,8 +41,8 @@ class BaseSource:
     depth: int
     """Of its own record."""
     read: Callable[[], Buffer]
-    """Its raw bytes, as long as those of the new chunk. May raise DamageError: the new chunk is then stored by
-    itself."""
+    """Its raw bytes, as long as those of the new chunk. May raise DamageError or StorageError: the new chunk is then
+    stored by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class ChunkWriter:
         raw = read()
         other: Buffer | None = None
         if base is not None:
-            with suppress(DamageError):
+            with suppress(DamageError, StorageError):
                 other = base.read()
         encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
         depth = base.depth + 1 if base is not None and encoded.rests_on_base else 0

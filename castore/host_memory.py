@@ -7,7 +7,8 @@ that are large enough for huge pages (numpy asks for them) and are kept until th
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +70,16 @@ class BaseMemory:
     """Raw bytes of chunks that the next save will take differences from, within a budget. Thread-safe.
 
     The budget is BASE_BUDGET_SHARE of the memory that is available when a copy is kept; what does not fit is read from
-    the repository when it is needed.
+    the repository when it is needed. Saves of several threads share it, so each pins what it takes differences from:
+    the memory of a copy that another save drops is overwritten by the next one.
     """
 
-    def __init__(self, pool: BufferPool) -> None:
+    def __init__(self, pool: BufferPool, digest: Callable[[Buffer], bytes]) -> None:
         self._pool = pool
+        self._digest = digest
         self._lock = threading.Lock()
         self._copies: dict[ChunkId, HostCopy] = {}
+        self._pins: Counter[ChunkId] = Counter()
         self._held_bytes = 0
         self._budget_bytes = 0
 
@@ -91,28 +95,44 @@ class BaseMemory:
         self._budget_bytes = budget_bytes
 
     def get(self, chunk_id: ChunkId) -> memoryview | None:
-        """The raw bytes, valid until the next `keep_only`; None when they are not here."""
+        """The raw bytes, valid as long as the chunk is pinned; None when they are not here."""
         with self._lock:
             copy = self._copies.get(chunk_id)
             return copy.view if copy is not None else None
 
     def put(self, chunk_id: ChunkId, raw: Buffer) -> None:
-        """Keep a copy, unless it is here already or the budget is spent."""
+        """Keep a copy, unless it is here already or the budget is spent.
+
+        The copy is hashed: were the state changed by another thread after it was encoded, every difference from the
+        copy would be wrong, and would agree with itself when it is proved.
+        """
         with self._lock:
             if chunk_id in self._copies or self._held_bytes + GRID_BYTES > self._budget_bytes:
                 return
         copy = self._pool.copy(raw)
+        right = self._digest(copy.view) == chunk_id
         with self._lock:
-            if chunk_id not in self._copies:
+            if right and chunk_id not in self._copies:
                 self._copies[chunk_id] = copy
                 self._held_bytes += copy.held_bytes
                 return
         self._pool.release(copy)
 
-    def keep_only(self, ids: Collection[ChunkId]) -> None:
-        """Drop every other copy."""
+    def pin(self, ids: Collection[ChunkId]) -> None:
+        """Keep these chunks, whether they are here already or not, until they are unpinned as often."""
         with self._lock:
-            for chunk_id in self._copies.keys() - set(ids):
+            self._pins.update(ids)
+
+    def unpin(self, ids: Collection[ChunkId]) -> None:
+        """Undo one `pin` of the same ids."""
+        with self._lock:
+            self._pins.subtract(ids)
+            self._pins = +self._pins
+
+    def keep_only(self, ids: Collection[ChunkId]) -> None:
+        """Drop every other copy that is not pinned."""
+        with self._lock:
+            for chunk_id in self._copies.keys() - set(ids) - self._pins.keys():
                 copy = self._copies.pop(chunk_id)
                 self._held_bytes -= copy.held_bytes
                 self._pool.release(copy)

@@ -22,6 +22,8 @@ StateId = NewType("StateId", str)
 """Hex digest of the content of a state, the same for any encoding, packing and sharding."""
 
 PACK_ID_BYTES = 16
+SNAPSHOT_ID_DIGITS = (32, 64)
+"""Hex digits of a snapshot id, by hash."""
 PREFIX_HEX_MIN = 4
 """Shorter prefixes of a snapshot id are refused: they stop being unique in a few dozen saves."""
 

@@ -28,7 +28,7 @@ from castore.errors import (
 )
 from castore.format.layout import BRANCHES, TAGS, branch_name, check_ref_name, decode_ref_name, tag_name
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
-from castore.ids import PREFIX_HEX_MIN, SnapshotId, is_hex
+from castore.ids import PREFIX_HEX_MIN, SNAPSHOT_ID_DIGITS, SnapshotId, is_hex
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.snapshots import ancestry, list_snapshot_ids
 
@@ -264,7 +264,7 @@ def _decode(data: bytes, file_name: str, expected_name: str) -> Ref:
     snapshot = text_field(fields, "snapshot", str, name=file_name)
     if name != expected_name:
         raise FormatError(f"{file_name}: expected ref {expected_name!r}, found {name!r}: the files were swapped")
-    if not is_hex(snapshot):
+    if not is_hex(snapshot) or len(snapshot) not in SNAPSHOT_ID_DIGITS:
         raise FormatError(f"{file_name}: expected a snapshot id, found {snapshot!r}")
     return Ref(name, SnapshotId(snapshot), text_field(fields, "time_ns", int, name=file_name))
 

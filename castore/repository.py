@@ -88,7 +88,7 @@ class Handle:
         """Raw bytes kept in memory for the differences of the next save."""
         with self._unshared_lock():
             if self._bases is None:
-                self._bases = BaseMemory(self.pool)
+                self._bases = BaseMemory(self.pool, self.hasher.digest)
             return self._bases
 
     def seen_head(self, branch: str) -> Head | None:
@@ -120,6 +120,7 @@ class Handle:
         if self._pid != os.getpid():
             self._lock = threading.Lock()
             self._store = self._manifests = self._bases = None
+            self.pool = BufferPool()
             self._pid = os.getpid()
         return self._lock
 

@@ -164,6 +164,8 @@ class ManifestReader:
                 self._parts.move_to_end(part_id)
                 return self._parts[part_id]
         where = f"manifest part {part_id.hex()}"
+        if len(part_id) != self._store.hasher.digest_bytes:
+            raise FormatError(f"{where}: expected an id of {self._store.hasher.digest_bytes} bytes: a foreign snapshot")
         raw = self._store.get(part_id)
         decoded = decode_part(raw, id_bytes=len(part_id), where=where)
         entries = tuple(self._resolved(entry, len(part_id), where) for entry in decoded)

@@ -52,6 +52,8 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._listing: frozenset[PackId] | None = None
         self._readers = _ReaderCache(backend)
+        self._reread: set[PackId] = set()
+        """Packs whose tables were read again because the index was doubted."""
         self.damaged_packs: dict[PackId, CastoreError] = {}
         """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
 
@@ -160,6 +162,24 @@ class ChunkStore:
             self._readers.close_missing()
             self.refresh()
             self._read_any(chunk_id, self.find([chunk_id])[0], out, verify=verify)
+        except DamageError:
+            # The index is a hint: where a pack's own table says otherwise, the table is right.
+            reread = self._reread_tables({location.pack_id for location in locations})
+            found = self.find([chunk_id])[0] if reread else ()
+            if not found:
+                raise
+            self._read_any(chunk_id, found, out, verify=verify)
+
+    def _reread_tables(self, pack_ids: Collection[PackId]) -> bool:
+        """Index packs again from their own tables, each at most once; whether that was done for any."""
+        with self._lock:
+            doubted = set(pack_ids) - self._reread
+            self._reread |= doubted
+            if doubted:
+                self._readers.close_missing()
+                self._index.forget(doubted)
+                self._add_tables(sorted(doubted))
+            return bool(doubted)
 
     def _read_any(self, chunk_id: ChunkId, locations: Locations, out: memoryview, *, verify: bool) -> None:
         failure: Exception = ChunkMissingError(

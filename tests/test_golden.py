@@ -73,7 +73,8 @@ def test_what_the_index_remembers_hides_no_damage(case: Case, source: Path, tmp_
             assert case.loads is not None or case.misleads_index
         else:
             check_equal(loaded, make_golden.make_state(3))
-        assert repo.verify(data=True).ok is (not case.data)
+        # A load that meets wrong rows of the index has mended them.
+        assert repo.verify(data=True).ok is (not case.data - {"index"})
 
 
 def test_the_lying_index_is_mended_by_reindex(whole: dict[str, Path], tmp_path: Path) -> None:

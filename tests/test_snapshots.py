@@ -207,6 +207,7 @@ class CountingStore:
     def __init__(self, *chunks: bytes) -> None:
         self.chunks = {HASHER.chunk_id(raw): raw for raw in chunks}
         self.reads: Counter[ChunkId] = Counter()
+        self.hasher = HASHER
 
     def get(self, chunk_id: ChunkId) -> bytearray:
         self.reads[chunk_id] += 1

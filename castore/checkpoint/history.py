@@ -6,6 +6,7 @@ collector has condemned is copied out of the condemned packs, verified on the wa
 
 from __future__ import annotations
 
+from castore.checkpoint.bases import closure
 from castore.checkpoint.plan import chunk_lengths
 from castore.chunk_writer import ChunkWriter
 from castore.codec.base import Elements
@@ -140,10 +141,9 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
             raise SnapshotGoneError(f"snapshot {snapshot_id[:12]} was collected just now") from error
         if not condemned and listed <= list_packs(handle.backend):
             return
-        usable = handle.store.refresh() - condemned
+        handle.store.refresh()
         needed = _needed_chunks(handle, snapshot_id)
-        locations = handle.store.locate(list(needed))
-        lost = [chunk_id for chunk_id, hits in locations.items() if not any(hit.pack_id in usable for hit in hits)]
+        lost = needed.keys() - closure(needed, handle.store, condemned).keys()
         if not lost:
             return
         writer = ChunkWriter(
@@ -154,7 +154,7 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
             now_ns=now_ns,
         )
         try:
-            for chunk_id in lost:
+            for chunk_id in sorted(lost):
                 raw = bytes(handle.store.get(chunk_id))
                 writer.put_bytes(chunk_id, raw, kind=needed[chunk_id], elements=_COPIED)
             sealed = writer.finish()

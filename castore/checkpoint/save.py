@@ -24,7 +24,7 @@ from typing import Any
 from castore.checkpoint.plan import HashedState, Write, hash_state, plan_manifest, plan_writes, written_bytes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
-from castore.errors import CastoreError, ConflictError, DamageError, RefError, StaleSaveWarning
+from castore.errors import CastoreError, ConflictError, DamageError, RefError, StaleSaveWarning, StorageError
 from castore.format.identity import entry_digest, state_id
 from castore.format.manifest import Entry, Kind
 from castore.format.snapshot import SnapshotRecord
@@ -173,7 +173,7 @@ class _Previous:
 def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
     """The parent; None without one, or when it cannot be read: that only costs the differences from it."""
     for snapshot_id in parent.parents:
-        with suppress(DamageError, RefError):
+        with suppress(DamageError, RefError, StorageError):
             record = read_record(handle.backend, snapshot_id)
             return _Previous(snapshot_id, record.step, handle.manifests.entries(record))
     return None

@@ -31,6 +31,8 @@ class WriteSession:
         handle.store.refresh()
         self._sources: Mapping[ChunkId, Source] = {}
         self._bases: Mapping[ChunkId, Base] = {}
+        self._memory = handle.bases
+        self._pinned: frozenset[ChunkId] = frozenset()
         self._relied_on: dict[ChunkId, Locations] = {}
         """Chunks of the snapshot and the locations they rest on, bases included."""
         self._keeps_bases = False
@@ -50,6 +52,8 @@ class WriteSession:
             wanted = candidates(entries, parents, id_bytes=self.handle.hasher.digest_bytes)
             fresh = {chunk_id: base for chunk_id, base in wanted.items() if chunk_id not in self._relied_on}
             self._bases = plan_bases(fresh, self.handle.store, self._condemned)
+            self._pinned = frozenset(base.chunk_id for base in self._bases.values())
+            self._memory.pin(self._pinned)
             self._keeps_bases = True
 
     def write(self, writes: Iterable[Write], *, progress: Callable[[int], None]) -> int:
@@ -61,7 +65,7 @@ class WriteSession:
             handle.config.repository_id,
             compression=handle.config.options.compression,
             now_ns=self.now_ns,
-            keep_base=handle.bases.put if self._keeps_bases else None,
+            keep_base=self._memory.put if self._keeps_bases else None,
         )
         for write in writes:
             if write.as_run:
@@ -102,12 +106,19 @@ class WriteSession:
     def remember_bases(self, chunk_ids: Collection[ChunkId]) -> None:
         """Keep in memory only what the next save to continue from these chunks will take differences from."""
         references = (self._relied_on.get(chunk_id) for chunk_id in chunk_ids)
-        self.handle.bases.keep_only({reference_of(rests_on) for rests_on in references if rests_on})
+        self._unpin()
+        self._memory.keep_only({reference_of(rests_on) for rests_on in references if rests_on})
 
     def abort(self) -> None:
         """Leave no half-written pack behind."""
         if self._writer is not None:
             self._writer.abort()
+        self._unpin()
+
+    def _unpin(self) -> None:
+        """When no encoding thread is at work any more."""
+        pinned, self._pinned = self._pinned, frozenset()
+        self._memory.unpin(pinned)
 
     def _put(self, writer: ChunkWriter, chunk_id: ChunkId, source: Source) -> None:
         base = self._bases.get(chunk_id)
@@ -122,15 +133,15 @@ class WriteSession:
 
     def _base_source(self, base: Base, raw_bytes: int) -> BaseSource:
         """A base from memory, else from the repository, and from then on in memory."""
-        handle = self.handle
+        store, memory = self.handle.store, self._memory
 
         def read() -> Buffer:
-            kept = handle.bases.get(base.chunk_id)
+            kept = memory.get(base.chunk_id)
             if kept is not None:
                 return kept
-            out = memoryview(_memory.buffer)[:raw_bytes]
-            handle.store.read_into(base.chunk_id, base.rests_on[:1], out)
-            handle.bases.put(base.chunk_id, out)
+            out = memoryview(_scratch.buffer)[:raw_bytes]
+            store.read_into(base.chunk_id, base.rests_on[:1], out)
+            memory.put(base.chunk_id, out)
             return out
 
         return BaseSource(base.chunk_id, base.depth, read)
@@ -143,4 +154,4 @@ class _BaseBuffer(threading.local):
         self.buffer = bytearray(GRID_BYTES)
 
 
-_memory = _BaseBuffer()
+_scratch = _BaseBuffer()

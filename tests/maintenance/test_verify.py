@@ -407,18 +407,17 @@ def test_a_pack_that_nobody_needs_is_a_note(repo: Repository) -> None:
 # ---- other damage ----------------------------------------------------------------------------------------------------
 
 
-def test_index_rows_that_disagree_with_the_table_are_found_and_the_parts_read_all_the_same(repo: Repository) -> None:
+def test_index_rows_that_disagree_with_the_table_are_mended_when_they_are_met(repo: Repository) -> None:
     rows = all_rows(repo)
     for pack_id in {pack_id for pack_id, _ in rows}:
         table = [row for found, row in rows if found == pack_id]
         repo.handle.store._index.forget([pack_id])
         repo.handle.store._index.add({pack_id: [replace(row, offset=row.offset + 8) for row in table]})
     report = repo.verify(data=True)
-    assert set(kinds(report)) == {"index"}
+    assert set(kinds(report)) <= {"index"}
     assert report.damaged_snapshots == {}
-    assert "castore reindex" in report.problems[0].message
-    repo.reindex()
-    assert repo.verify().ok
+    repo.load("main")
+    assert repo.verify(data=True).ok
 
 
 def test_a_config_that_changed_since_it_was_opened_is_found(repo: Repository) -> None:
