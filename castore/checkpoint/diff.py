@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from castore.checkpoint.plan import chunk_lengths
 from castore.errors import PathNotFoundError
-from castore.format.identity import entry_digest
+from castore.format.identity import content_kind, entry_digest
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.format.paths import compile_glob
 from castore.hashing import Hasher
@@ -162,8 +162,7 @@ def _compare(path: str, a: Entry | None, b: Entry | None, hasher: Hasher) -> Lea
 
 
 def _content(entry: Entry, hasher: Hasher) -> tuple[object, ...]:
-    kind = Kind.TENSOR if entry.kind is Kind.VIEW else entry.kind
-    return kind, entry.dtype, entry.shape, entry_digest(hasher, entry)
+    return content_kind(entry), entry.dtype, entry.shape, entry_digest(hasher, entry)
 
 
 def _with_values(

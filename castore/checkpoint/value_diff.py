@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from castore.format.identity import content_kind
 from castore.format.manifest import Entry, Kind
 
 if TYPE_CHECKING:
@@ -106,12 +107,13 @@ def _decoder(entry: Entry) -> Decoder | None:
         return _plain("<i8")
     if entry.kind in (Kind.FLOAT_LIST, Kind.FLOAT_TUPLE):
         return _plain("<f8")
-    if entry.kind in (Kind.TENSOR, Kind.VIEW):
+    kind = content_kind(entry)
+    if kind is Kind.TENSOR:
         if entry.dtype == "bfloat16":
             return _bfloat16
         code = _TORCH_TO_NUMPY.get(entry.dtype)
         return _plain(code) if code else None
-    if entry.kind in (Kind.NDARRAY, Kind.NUMPY_SCALAR):
+    if kind in (Kind.NDARRAY, Kind.NUMPY_SCALAR):
         return _numpy_decoder(entry.dtype)
     return None
 

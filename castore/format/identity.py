@@ -45,6 +45,13 @@ def entry_digest(hasher: Hasher, entry: Entry) -> bytes:
     return leaf_digest(hasher, entry.raw_bytes, chunks)
 
 
+def content_kind(entry: Entry) -> Kind:
+    """What a value is does not depend on whose memory it shares; numpy's type codes begin with a byte order."""
+    if entry.kind is not Kind.VIEW:
+        return entry.kind
+    return Kind.NDARRAY if entry.dtype[:1] in _BYTE_ORDERS else Kind.TENSOR
+
+
 def state_id(hasher: Hasher, entries: Sequence[Entry]) -> StateId:
     """The root over all entries, id lists already resolved into `chunks`."""
     by_path = {entry.path: entry for entry in entries}
@@ -69,10 +76,8 @@ def _row(hasher: Hasher, path: str, entry: Entry, by_path: Mapping[str, Entry]) 
 
 
 def _row_as(hasher: Hasher, path: str, entry: Entry) -> bytes:
-    kind, attrs = entry.kind, dict(sorted(entry.attrs.items()))
-    if kind is Kind.VIEW:
-        # What a value is does not depend on whose memory it shares; numpy's type codes begin with a byte order.
-        kind = Kind.NDARRAY if entry.dtype[:1] in _BYTE_ORDERS else Kind.TENSOR
+    kind, attrs = content_kind(entry), dict(sorted(entry.attrs.items()))
+    if entry.kind is Kind.VIEW:
         attrs = {"descr": attrs["descr"]} if "descr" in attrs else {}
     digest = entry_digest(hasher, entry)
     row = [path, int(kind), entry.dtype, list(entry.shape), attrs, entry.raw_bytes, digest]
