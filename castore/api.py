@@ -144,7 +144,7 @@ class Repository:
         """
         from castore.checkpoint.request import SaveRequest, check_request
         from castore.checkpoint.stage import stage
-        from castore.tensors import flatten
+        from castore.tensors import flatten, pinned_slab
 
         request = check_request(
             SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
@@ -153,7 +153,7 @@ class Repository:
         saver.raise_failure()
         flat = flatten(state, allow_pickle=allow_pickle)
         saver.make_room(sum(payload.raw_bytes for payload in flat.payloads if payload is not None))
-        return saver.submit(stage(flat, self._handle.pool), request)
+        return saver.submit(stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab)), request)
 
     def limit_async(self, *, in_flight: int = 2, staged_bytes: int | None = None) -> None:
         """How many saves may be waiting or being written at a time, and how many bytes of host memory their copies may

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from castore.ids import Buffer, ChunkId
 from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
@@ -34,10 +35,15 @@ class HostCopy:
         return len(self.view) if self.slot is None else GRID_BYTES
 
 
+MakeSlab = Callable[[int], Any]
+"""Length in bytes → a writable array of uint8."""
+
+
 class BufferPool:
     """Slots of one chunk. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_slab: MakeSlab | None = None) -> None:
+        self._make_slab = make_slab or _plain_slab
         self._lock = threading.Lock()
         self._free: list[memoryview] = []
 
@@ -45,10 +51,18 @@ class BufferPool:
         """Copy at most one chunk. `release` the copy after use."""
         if len(raw) < _SMALL_BYTES:
             return HostCopy(memoryview(bytes(raw)), None)
-        slot = self._take()
-        view = slot[: len(raw)]
-        view[:] = raw
-        return HostCopy(view, slot)
+        copy = self.take(len(raw))
+        copy.view[:] = raw
+        return copy
+
+    def take(self, length: int) -> HostCopy:
+        """A slot for at most one chunk, to be filled by the caller."""
+        with self._lock:
+            if not self._free:
+                slab = self._make_slab(_SLAB_SLOTS * GRID_BYTES)
+                self._free = [slab[at * GRID_BYTES : (at + 1) * GRID_BYTES].data for at in range(_SLAB_SLOTS)]
+            slot = self._free.pop()
+        return HostCopy(slot[:length], slot)
 
     def release(self, copy: HostCopy) -> None:
         """Give the memory of a copy back; nobody may look at it afterwards."""
@@ -56,14 +70,11 @@ class BufferPool:
             with self._lock:
                 self._free.append(copy.slot)
 
-    def _take(self) -> memoryview:
-        with self._lock:
-            if not self._free:
-                import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
 
-                slab = np.empty(_SLAB_SLOTS * GRID_BYTES, np.uint8)
-                self._free = [slab[at * GRID_BYTES : (at + 1) * GRID_BYTES].data for at in range(_SLAB_SLOTS)]
-            return self._free.pop()
+def _plain_slab(length: int) -> Any:
+    import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
+
+    return np.empty(length, np.uint8)
 
 
 class BaseMemory:

@@ -27,7 +27,7 @@ from castore.errors import (
 from castore.format.config import Config, decode_config, encode_config
 from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
 from castore.hashing import Hasher, hasher_for
-from castore.host_memory import BaseMemory, BufferPool
+from castore.host_memory import BaseMemory, BufferPool, MakeSlab
 from castore.ids import SnapshotId
 from castore.index import Index, MemoryIndex, open_index
 from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
@@ -62,6 +62,7 @@ class Handle:
         self._store: ChunkStore | None = None
         self._manifests: ManifestReader | None = None
         self.pool = BufferPool()
+        self._pinned: BufferPool | None = None
         self._bases: BaseMemory | None = None
         self._heads: dict[str, Head] = {}
 
@@ -90,6 +91,13 @@ class Handle:
             if self._bases is None:
                 self._bases = BaseMemory(self.pool, self.hasher.digest)
             return self._bases
+
+    def pinned_pool(self, make_slab: MakeSlab) -> BufferPool:
+        """Slots in page-locked memory, for what comes from a device."""
+        with self._unshared_lock():
+            if self._pinned is None:
+                self._pinned = BufferPool(make_slab)
+            return self._pinned
 
     def seen_head(self, branch: str) -> Head | None:
         """The head that this handle last saved, loaded or was given; None when it has not looked."""
@@ -121,6 +129,7 @@ class Handle:
             self._lock = threading.Lock()
             self._store = self._manifests = self._bases = None
             self.pool = BufferPool()
+            self._pinned = None
             self._pid = os.getpid()
         return self._lock
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from castore.checkpoint.plan import grid
 from castore.host_memory import BufferPool, HostCopy
 from castore.options import GRID_BYTES
-from castore.tensors import FlatState, Payload
+from castore.tensors import DeviceCopies, FlatState, Payload, is_on_cuda
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +41,33 @@ class StagedState:
     """Give the memory back to the pool; call once, when the save is over."""
 
 
-def stage(flat: FlatState, pool: BufferPool) -> StagedState:
+def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
     """Copy every payload. Returns when the last byte has arrived in host memory."""
-    copies: list[HostCopy] = []
+    taken: list[tuple[BufferPool, HostCopy]] = []
     staged: list[Payload | None] = []
-    for payload in flat.payloads:
-        if payload is None:
-            staged.append(None)
-            continue
-        own = tuple(pool.copy(payload.read(start, stop)) for start, stop in grid(payload.raw_bytes))
-        copies.extend(own)
-        staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, own))
+    copies = DeviceCopies()
 
     def release() -> None:
-        for copy in copies:
-            pool.release(copy)
+        for owner, copy in taken:
+            owner.release(copy)
 
+    try:
+        for payload in flat.payloads:
+            if payload is None:
+                staged.append(None)
+                continue
+            if is_on_cuda(payload):
+                own = tuple(pinned.take(stop - start) for start, stop in grid(payload.raw_bytes))
+                taken.extend((pinned, copy) for copy in own)
+                copies.start(payload, [copy.view for copy in own])
+            else:
+                own = tuple(pool.copy(payload.read(start, stop)) for start, stop in grid(payload.raw_bytes))
+                taken.extend((pool, copy) for copy in own)
+            staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, own))
+    except BaseException:
+        copies.wait()  # nobody may take a slot that a device still writes to
+        release()
+        raise
+    copies.wait()
     total = sum(payload.raw_bytes for payload in staged if payload is not None)
     return StagedState(FlatState(flat.entries, tuple(staged)), total, release)

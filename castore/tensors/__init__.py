@@ -12,11 +12,13 @@ from castore.tensors.flatten import FlatState, flatten
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
 from castore.tensors.payloads import Payload
 from castore.tensors.scalars import decode_value
+from castore.tensors.staging import DeviceCopies, is_on_cuda, pinned_slab
 from castore.tensors.targets import ARRAY_KINDS, Target, allocate, live_target
 from castore.tensors.unflatten import make_view, select, slice_rows, unflatten
 
 __all__ = [
     "ARRAY_KINDS",
+    "DeviceCopies",
     "FlatState",
     "Match",
     "Pair",
@@ -27,9 +29,11 @@ __all__ = [
     "assign_scalars",
     "decode_value",
     "flatten",
+    "is_on_cuda",
     "live_target",
     "make_view",
     "match",
+    "pinned_slab",
     "select",
     "slice_rows",
     "unflatten",
