@@ -13,6 +13,7 @@ from castore.codec.base import Elements
 from castore.errors import ConflictError, DamageError, RefExistsError, SnapshotGoneError, UnknownRefError
 from castore.format.layout import branch_name, check_ref_name, tag_name
 from castore.format.pack import RecordKind
+from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
 from castore.refs import (
@@ -136,13 +137,13 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
         # The condemned set before the listing, for the reason given in save.py.
         condemned = condemned_packs(handle.backend)
         try:
-            read_record(handle.backend, snapshot_id)
+            record = read_record(handle.backend, snapshot_id)
         except UnknownRefError as error:
             raise SnapshotGoneError(f"snapshot {snapshot_id[:12]} was collected just now") from error
         if not condemned and listed <= list_packs(handle.backend):
             return
         handle.store.refresh()
-        needed = _needed_chunks(handle, snapshot_id)
+        needed = _needed_chunks(handle, record)
         lost = needed.keys() - closure(needed, handle.store, condemned).keys()
         if not lost:
             return
@@ -164,9 +165,8 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
         handle.store.add({pack.pack_id: pack.rows for pack in sealed})
 
 
-def _needed_chunks(handle: Handle, snapshot_id: SnapshotId) -> dict[ChunkId, RecordKind]:
+def _needed_chunks(handle: Handle, record: SnapshotRecord) -> dict[ChunkId, RecordKind]:
     """Every chunk that a snapshot needs, with what it holds."""
-    record = read_record(handle.backend, snapshot_id)
     entries = handle.manifests.entries(record)
     id_bytes = handle.hasher.digest_bytes
     needed = dict.fromkeys(chunk_lengths(entries, id_bytes), RecordKind.LEAF)

@@ -6,6 +6,8 @@
  *     split(raw, base or None, planes, kept or None, width, mode, alpha) -> number of elements kept
  *     merge(planes, kept or None, base or None, out, width, mode, alpha)
  *
+ *     count(row, counts)                                   counts: 256 uint32, how often each byte occurs in row
+ *
  * `split` changes each element by the mode and writes plane k (0 is the least significant byte of the changed elements) to
  * planes[k * items] and on. Elements are unsigned integers that wrap around:
  *
@@ -368,9 +370,46 @@ done:
     return result;
 }
 
+/* Four tables, so that a run of equal bytes does not wait for its own last store. */
+static void count_all(const uint8_t *row, Py_ssize_t length, uint32_t *counts)
+{
+    uint32_t tables[4][256];
+    Py_ssize_t i = 0;
+    memset(tables, 0, sizeof tables);
+    for (; i + 4 <= length; i += 4) {
+        tables[0][row[i]]++;
+        tables[1][row[i + 1]]++;
+        tables[2][row[i + 2]]++;
+        tables[3][row[i + 3]]++;
+    }
+    for (; i < length; i++) tables[0][row[i]]++;
+    for (int k = 0; k < 256; k++) counts[k] = tables[0][k] + tables[1][k] + tables[2][k] + tables[3][k];
+}
+
+static PyObject *kernel_count(PyObject *module, PyObject *args)
+{
+    Py_buffer row, counts;
+    PyObject *result = NULL;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*", &row, &counts)) return NULL;
+    if (counts.len != 256 * (Py_ssize_t)sizeof(uint32_t)) {
+        PyErr_SetString(PyExc_ValueError, "counts must hold 256 uint32");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        count_all(row.buf, row.len, counts.buf);
+        Py_END_ALLOW_THREADS
+        result = Py_None;
+        Py_INCREF(result);
+    }
+    PyBuffer_Release(&row);
+    PyBuffer_Release(&counts);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
     {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha): planes to elements"},
+    {"count", kernel_count, METH_VARARGS, "count(row, counts): how often each byte occurs"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -29,15 +29,16 @@ and higher levels make the result larger (DESIGN figures: 67.5 % of bf16 here, 6
 
 from __future__ import annotations
 
-import math
 import struct
 
 import numpy as np
+import numpy.typing as npt
 import zstandard
 
 from castore.codec import transform
 from castore.codec.base import Elements
-from castore.codec.transform import Mode, Planes
+from castore.codec.entropy import order0_shares
+from castore.codec.transform import Bytes, Mode, Planes
 from castore.codec.zstd_frame import ThreadContexts, decompress_exactly
 from castore.errors import CodecError
 from castore.ids import Buffer
@@ -98,7 +99,10 @@ class BytePlanes:
 def encode_planes(planes: Planes, raw: Buffer, *, mode: Mode, alpha: float = 1.0) -> bytes | None:
     """The payload for split elements, or None when nothing is gained. `raw` gives the tail."""
     width = len(planes.array)
-    methods, bodies = zip(*(_encode_plane(planes.array[index]) for index in range(width)), strict=True)
+    noise = looks_random(planes.array)
+    methods, bodies = zip(
+        *(_encode_plane(planes.array[index], is_noise=bool(noise[index])) for index in range(width)), strict=True
+    )
     tail = memoryview(raw)[len(raw) // width * width :]
     kept = planes.kept or b""
     total = _HEAD.size + width * _PLANE.size + len(kept) + sum(map(len, bodies)) + len(tail)
@@ -109,9 +113,9 @@ def encode_planes(planes: Planes, raw: Buffer, *, mode: Mode, alpha: float = 1.0
     return b"".join((_HEAD.pack(width, mode, flags, alpha), *heads, kept, *bodies, tail))
 
 
-def _encode_plane(plane: np.ndarray) -> tuple[int, Buffer]:
+def _encode_plane(plane: Bytes, *, is_noise: bool) -> tuple[int, Buffer]:
     view = plane.data
-    if len(plane) == 0 or looks_random(plane):
+    if len(plane) == 0 or is_noise:
         return METHOD_RAW, view
     if plane[0] == plane[-1] and not np.any(plane != plane[0]):
         return METHOD_CONSTANT, bytes(view[:1])
@@ -119,22 +123,14 @@ def _encode_plane(plane: np.ndarray) -> tuple[int, Buffer]:
     return (METHOD_ZSTD, encoded) if len(encoded) < KEEP_SHARE_MAX * len(view) else (METHOD_RAW, view)
 
 
-def looks_random(plane: np.ndarray) -> bool:
-    """Whether a sample of a long plane has no order-0 redundancy worth coding."""
-    if len(plane) < SAMPLE_BYTES_MIN:
-        return False
-    step = (len(plane) - _SAMPLE_WINDOW_BYTES) // (_SAMPLE_WINDOWS - 1)
-    windows = [plane[at * step : at * step + _SAMPLE_WINDOW_BYTES] for at in range(_SAMPLE_WINDOWS)]
-    return order0_share(np.concatenate(windows)) > _SAMPLE_SHARE_MAX
-
-
-def order0_share(sample: np.ndarray) -> float:
-    """Order-0 entropy of bytes as a share of 8 bits (Shannon), with the Miller-Madow correction for small samples."""
-    counts = np.bincount(sample, minlength=256)
-    counts = counts[counts > 0]
-    probabilities = counts / len(sample)
-    bits = float(-(probabilities * np.log2(probabilities)).sum()) + (len(counts) - 1) / (2 * math.log(2) * len(sample))
-    return bits / 8
+def looks_random(planes: Bytes) -> npt.NDArray[np.bool_]:
+    """For each plane, whether a sample of it has no order-0 redundancy worth coding; never for short planes."""
+    length = planes.shape[1]
+    if length < SAMPLE_BYTES_MIN:
+        return np.zeros(len(planes), np.bool_)
+    step = (length - _SAMPLE_WINDOW_BYTES) // (_SAMPLE_WINDOWS - 1)
+    windows = [planes[:, at * step : at * step + _SAMPLE_WINDOW_BYTES] for at in range(_SAMPLE_WINDOWS)]
+    return order0_shares(np.concatenate(windows, axis=1)) > _SAMPLE_SHARE_MAX
 
 
 def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None) -> None:

@@ -19,15 +19,18 @@ import numpy.typing as npt
 from castore.codec import transform
 from castore.codec.base import Elements
 from castore.codec.byte_planes import decode_planes, encode_planes
+from castore.codec.entropy import order0_shares
 from castore.codec.transform import ALPHA_MAX, ALPHA_MIN, Mode
 from castore.ids import Buffer
 
 NUMBER = 16
 NAME = "delta"
 
-_WINDOWS, _WINDOW_BYTES = 8, 4096
-"""The sample: 8 places spread over the chunk, 32 KiB in all (3 % of a chunk)."""
-_RATIO_ITEMS = 2048
+_WINDOWS, _WINDOW_BYTES = 8, 2048
+"""The sample: 8 places spread over the chunk, 16 KiB in all (1.6 % of a chunk)."""
+_RATIO_ITEMS = 1024
+_XOR_EQUAL_SHARE_MIN = 0.05
+"""XOR is only tried where at least this share of the sampled elements did not change."""
 _PREFER_SELF = 1.03
 """A delta must promise to be this much smaller than the chunk by itself: it costs a load the reading of its base."""
 _PREFER_UNSCALED = 1.01
@@ -49,7 +52,9 @@ def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
     sample, other = _sample(raw, width), _sample(base, width)
     alone = Mode.ROTATE if elements.is_float else Mode.PLAIN
     best = Choice(alone, 1.0, _share(sample, None, width, alone) / _PREFER_SELF)
-    candidates = [(Mode.DIFFERENCE, 1.0), (Mode.XOR, 1.0)]
+    candidates = [(Mode.DIFFERENCE, 1.0)]
+    if np.count_nonzero(sample == other) >= _XOR_EQUAL_SHARE_MIN * len(sample):
+        candidates.append((Mode.XOR, 1.0))
     if width == 4 and elements.is_float and (alpha := _decay(sample, other)) is not None:
         candidates.append((Mode.SCALED, alpha))
     for mode, alpha in candidates:
@@ -90,24 +95,8 @@ def _share(
     base = other.data if other is not None else None
     planes = transform.split(sample.data, width, mode=mode, base=base, alpha=alpha).array
     kept = planes.shape[1]
-    if kept == 0:
-        return 0.0
-    entropy = 0.0
-    for plane in planes:
-        counts = np.bincount(plane, minlength=256)
-        entropy += float(_X_LOG_X[counts].sum())
-    bits = width * kept * np.log2(kept) - entropy
-    return float(bits) / (8 * width * (len(sample) // width))
-
-
-def _table() -> npt.NDArray[np.float64]:
-    counts = np.arange(_WINDOWS * _WINDOW_BYTES + 1, dtype=np.float64)
-    counts[1:] *= np.log2(counts[1:])
-    return counts
-
-
-_X_LOG_X = _table()
-"""n * log2(n) for every count that a sample can have: entropy in bits is N log2 N - sum of n log2 n."""
+    share = float(np.mean(order0_shares(planes)))
+    return share * kept / max(1, len(sample) // width)
 
 
 def _decay(sample: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float | None:

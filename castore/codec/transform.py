@@ -78,6 +78,10 @@ class Kernel(Protocol):
         """Planes to elements."""
         ...
 
+    def count(self, row: Buffer, counts: Buffer, /) -> None:
+        """How often each byte occurs in a row: 256 uint32."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Planes:
@@ -231,6 +235,10 @@ def _prediction(base: Buffer, width: int, items: int, mode: int, alpha: float) -
     safe = np.where(scalable, words, np.float32(1).view(np.uint32)).view(np.float32)
     scaled = (safe * np.float32(alpha)).view(np.uint32)
     return np.where(scalable, scaled, words)
+
+    def count(self, row: Buffer, counts: Buffer, /) -> None:
+        """See Kernel."""
+        np.frombuffer(counts, np.uint32)[:] = np.bincount(np.frombuffer(row, np.uint8), minlength=256)
 
 
 def _compact(words: npt.NDArray[Any], kept: Buffer) -> npt.NDArray[Any]:

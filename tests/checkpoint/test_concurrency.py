@@ -11,16 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import castore
 from castore.api import Repository
 from castore.backend import LocalBackend, MemoryBackend
 from castore.errors import ConflictError, RefExistsError, UnknownRefError
+from castore.host_memory import BaseMemory
+from castore.ids import ChunkId
 from castore.leases import list_leases
 from tests.checkpoint.killing import Report, fork, forked, until
 from tests.checkpoint.repositories import HookedBackend, at_call, create_on, held_leases, open_on, packs_of
-from tests.checkpoint.states import assert_same, training_state
+from tests.checkpoint.states import State, assert_same, training_state
 
 
 @pytest.fixture
@@ -117,6 +120,51 @@ def test_a_load_in_another_thread_does_not_take_the_handle_back_to_an_older_head
         backend.hook = lambda operation, name: None
         repo.save({"step": number})
     assert len(list(repo.log("main"))) == 1 + 2 * reads
+
+
+def test_a_delta_base_is_not_overwritten_while_another_save_takes_differences_from_it(
+    repo: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's save dropped the base from memory and wrote its own chunks there: the difference was taken from
+    those, agreed with itself when it was proved, and what was reported durable could never be loaded.
+    """
+    weights = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+
+    def drifted(step: int) -> State:
+        return {"weights": weights * np.float32(1 + 1e-5 * step)}
+
+    for step in range(3):
+        repo.save(drifted(step), step=step)
+    take = BaseMemory.get
+    nested: list[str] = []
+
+    def get(memory: BaseMemory, chunk_id: ChunkId) -> memoryview | None:
+        found = take(memory, chunk_id)
+        if found is not None and not nested:
+            nested.append("begun")
+            nested.extend(repo.save(drifted(50 + step), branch="other", step=step).id for step in range(3))
+        return found
+
+    monkeypatch.setattr(BaseMemory, "get", get)
+    snapshot = repo.save(drifted(3), step=3)
+    assert len(nested) == 4, "no base was in memory"
+    assert snapshot.stored_bytes < snapshot.raw_bytes / 2, "no difference was taken"
+    assert_same(repo.load("main"), drifted(3))
+    assert_same(repo.load("other"), drifted(52))
+
+
+def test_saves_of_several_threads_that_drift_alike_are_right(repo: Repository) -> None:
+    weights = np.random.default_rng(0).standard_normal((3, 40_000)).astype(np.float32)
+
+    def state_of(run: int, step: int) -> State:
+        return {"weights": [row * np.float32(1 + 1e-5 * (10 * run + step)) for row in weights]}
+
+    def train(run: int) -> list[str]:
+        return [repo.save(state_of(run, step), branch=f"run-{run}", step=step).id for step in range(6)]
+
+    for run, ids in enumerate(together(*(lambda run=run: train(run) for run in range(3)))):
+        for step, snapshot_id in enumerate(ids):
+            assert_same(repo.load(snapshot_id), state_of(run, step))
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------
@@ -261,6 +309,24 @@ def test_a_handle_works_on_in_the_child_and_in_the_parent_after_fork(repo: Repos
     assert_same(repo.load("main"), training_state(2))
     assert repo.save(training_state(3), step=3).parents == (own.id,)
     assert repo.verify(data=True).ok
+
+
+def test_a_child_forked_beside_a_background_save_saves_by_itself(repo: Repository) -> None:
+    """The saver's thread is the parent's: the child must neither wait for it nor hear of its errors."""
+    repo.save(training_state(0))
+
+    def save(report: Report) -> None:
+        report(repo.save(training_state(1), branch="child").id)
+        report(repo.save_async(training_state(2), branch="child").result(30).id)
+
+    for _ in range(5):
+        pending = repo.save_async(training_state(3))
+        with forked(save) as child:
+            ids = child.wait()
+        pending.result(30)
+        assert_same(repo.load(ids[1]), training_state(2))
+        repo.delete_branch("child")
+    assert_same(repo.load("main"), training_state(3))
 
 
 def test_a_fork_in_the_middle_of_a_save_keeps_the_lease_with_the_parent(repo: Repository) -> None:
