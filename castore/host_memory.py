@@ -118,16 +118,20 @@ class BaseMemory:
         copy would be wrong, and would agree with itself when it is proved.
         """
         with self._lock:
-            if chunk_id in self._copies or self._held_bytes + GRID_BYTES > self._budget_bytes:
+            if not self._is_wanted(chunk_id):
                 return
         copy = self._pool.copy(raw)
         right = self._digest(copy.view) == chunk_id
         with self._lock:
-            if right and chunk_id not in self._copies:
+            if right and self._is_wanted(chunk_id):  # other threads have kept theirs meanwhile
                 self._copies[chunk_id] = copy
                 self._held_bytes += copy.held_bytes
                 return
         self._pool.release(copy)
+
+    def _is_wanted(self, chunk_id: ChunkId) -> bool:
+        """Under the lock."""
+        return chunk_id not in self._copies and self._held_bytes + GRID_BYTES <= self._budget_bytes
 
     def pin(self, ids: Collection[ChunkId]) -> None:
         """Keep these chunks, whether they are here already or not, until they are unpinned as often."""

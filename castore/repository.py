@@ -61,7 +61,7 @@ class Handle:
         self._pid = os.getpid()
         self._store: ChunkStore | None = None
         self._manifests: ManifestReader | None = None
-        self.pool = BufferPool()
+        self._pool = BufferPool()
         self._pinned: BufferPool | None = None
         self._bases: BaseMemory | None = None
         self._heads: dict[str, Head] = {}
@@ -89,8 +89,14 @@ class Handle:
         """Raw bytes kept in memory for the differences of the next save."""
         with self._unshared_lock():
             if self._bases is None:
-                self._bases = BaseMemory(self.pool, self.hasher.digest)
+                self._bases = BaseMemory(self._pool, self.hasher.digest)
             return self._bases
+
+    @property
+    def pool(self) -> BufferPool:
+        """Slots for copies of chunks in host memory."""
+        with self._unshared_lock():
+            return self._pool
 
     def pinned_pool(self, make_slab: MakeSlab) -> BufferPool:
         """Slots in page-locked memory, for what comes from a device."""
@@ -119,6 +125,8 @@ class Handle:
     def close(self) -> None:
         """Close files and the index. The handle opens them again when it is used again."""
         with self._unshared_lock():
+            if self._bases is not None:
+                self._bases.keep_only(())  # its slots go back to the pool
             if self._store is not None:
                 self._store.close()
                 self._store = self._manifests = self._bases = None
@@ -128,7 +136,7 @@ class Handle:
         if self._pid != os.getpid():
             self._lock = threading.Lock()
             self._store = self._manifests = self._bases = None
-            self.pool = BufferPool()
+            self._pool = BufferPool()
             self._pinned = None
             self._pid = os.getpid()
         return self._lock

@@ -96,7 +96,7 @@ def _share(
     planes = transform.split(sample.data, width, mode=mode, base=base, alpha=alpha).array
     kept = planes.shape[1]
     share = float(np.mean(order0_shares(planes)))
-    return share * kept / max(1, len(sample) // width)
+    return share * float(kept) / max(1, len(sample) // width)
 
 
 def _decay(sample: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float | None:

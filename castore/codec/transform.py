@@ -221,6 +221,10 @@ class NumpyKernel:
             np.bitwise_xor(words, sign, out=words)
             np.add(words, _prediction(base, width, items, mode, alpha), out=words)
 
+    def count(self, row: Buffer, counts: Buffer, /) -> None:
+        """See Kernel."""
+        np.frombuffer(counts, np.uint32)[:] = np.bincount(np.frombuffer(row, np.uint8), minlength=256)
+
 
 _SCALED_EXPONENT_MIN, _SCALED_EXPONENT_MAX = 8, 246
 
@@ -235,10 +239,6 @@ def _prediction(base: Buffer, width: int, items: int, mode: int, alpha: float) -
     safe = np.where(scalable, words, np.float32(1).view(np.uint32)).view(np.float32)
     scaled = (safe * np.float32(alpha)).view(np.uint32)
     return np.where(scalable, scaled, words)
-
-    def count(self, row: Buffer, counts: Buffer, /) -> None:
-        """See Kernel."""
-        np.frombuffer(counts, np.uint32)[:] = np.bincount(np.frombuffer(row, np.uint8), minlength=256)
 
 
 def _compact(words: npt.NDArray[Any], kept: Buffer) -> npt.NDArray[Any]:
