@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from castore.errors import RepositoryNotFoundError, UsageError
+from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
 from castore.options import Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
@@ -41,6 +41,7 @@ class Repository:
         self._handle = handle
         self._saver: BackgroundSaver | None = None
         self._saver_lock = threading.Lock()
+        self._pid = os.getpid()
 
     # ---- the life of the object --------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class Repository:
         metadata: Mapping[str, Any] | None = None,
         message: str = "",
         tags: Sequence[str] = (),
-        parent: str | None = None,
+        parent: str | Snapshot | None = None,
         allow_pickle: bool = False,
         progress: Progress | None = None,
     ) -> Snapshot:
@@ -130,7 +131,7 @@ class Repository:
         metadata: Mapping[str, Any] | None = None,
         message: str = "",
         tags: Sequence[str] = (),
-        parent: str | None = None,
+        parent: str | Snapshot | None = None,
         allow_pickle: bool = False,
     ) -> PendingSave:
         """Save as `save` does, but return as soon as the state has been copied to host memory.
@@ -143,7 +144,7 @@ class Repository:
         An error of an earlier save that nobody has asked for is raised here, before anything is done; else as `save`.
         """
         from castore.checkpoint.request import SaveRequest, check_request
-        from castore.checkpoint.stage import stage
+        from castore.checkpoint.stage import stage, staged_bytes
         from castore.tensors import flatten, pinned_slab
 
         request = check_request(
@@ -152,8 +153,14 @@ class Repository:
         saver = self._background()
         saver.raise_failure()
         flat = flatten(state, allow_pickle=allow_pickle)
-        saver.make_room(sum(payload.raw_bytes for payload in flat.payloads if payload is not None))
-        return saver.submit(stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab)), request)
+        pending = saver.reserve(staged_bytes(flat), request.step)
+        try:
+            staged = stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab))
+            saver.submit(pending, staged, request)
+        except BaseException:
+            saver.cancel(pending)
+            raise
+        return pending
 
     def limit_async(self, *, in_flight: int = 2, staged_bytes: int | None = None) -> None:
         """How many saves may be waiting or being written at a time, and how many bytes of host memory their copies may
@@ -171,7 +178,7 @@ class Repository:
 
     def load(
         self,
-        ref: str = "main",
+        ref: str | Snapshot = "main",
         *,
         paths: Sequence[str] | None = None,
         into: Any = None,
@@ -203,7 +210,13 @@ class Repository:
         from castore.checkpoint.load import LoadRequest, load
 
         request = LoadRequest(
-            tuple(paths) if paths is not None else None, strict, device, verify, allow_pickle, classes, missing_classes
+            paths,
+            strict,
+            device,
+            verify,
+            allow_pickle,
+            classes,
+            missing_classes,
         )
         snapshot_id = self._resolve(ref)
         return load(self._handle, snapshot_id, request, into=into, progress=progress)
@@ -224,11 +237,11 @@ class Repository:
 
     # ---- history -------------------------------------------------------------------------------------------------
 
-    def snapshot(self, ref: str = "main") -> Snapshot:
+    def snapshot(self, ref: str | Snapshot = "main") -> Snapshot:
         """The snapshot that a ref means. Raises UnknownRefError, AmbiguousRefError or DamageError."""
         return self._snapshot(resolve(self._handle.backend, ref))
 
-    def log(self, ref: str = "main") -> Iterator[Snapshot]:
+    def log(self, ref: str | Snapshot = "main") -> Iterator[Snapshot]:
         """The snapshot and its first parents, newest first; ends where a parent is gone."""
         for snapshot_id, record in ancestry(self._handle.backend, resolve(self._handle.backend, ref)):
             yield make_snapshot(snapshot_id, record, self._read_leaves)
@@ -246,8 +259,8 @@ class Repository:
 
     def diff(
         self,
-        a: str,
-        b: str,
+        a: str | Snapshot,
+        b: str | Snapshot,
         *,
         paths: Sequence[str] | None = None,
         values: bool = True,
@@ -267,7 +280,7 @@ class Repository:
 
     # ---- refs ----------------------------------------------------------------------------------------------------
 
-    def branch(self, name: str, *, at: str = "main", move: bool = False) -> Ref:
+    def branch(self, name: str, *, at: str | Snapshot = "main", move: bool = False) -> Ref:
         """Make a branch at a ref; it costs no bytes. `move=True` moves an existing one, also a damaged one.
 
         Raises InvalidNameError, RefExistsError, UnknownRefError, ConflictError.
@@ -276,7 +289,7 @@ class Repository:
 
         return make_branch(self._handle, name, at=at, move=move)
 
-    def tag(self, name: str, *, at: str = "main") -> Ref:
+    def tag(self, name: str, *, at: str | Snapshot = "main") -> Ref:
         """Name a snapshot for good. Raises InvalidNameError, RefExistsError, UnknownRefError."""
         from castore.checkpoint.history import make_tag
 
@@ -333,8 +346,10 @@ class Repository:
         from castore.checkpoint.save import save_flat
 
         def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
-            return self._bound(save_flat(self._handle, staged.flat, request, progress=progress))
+            return self._bound(save_flat(self._handle, staged.flat, request, progress=progress, staged=True))
 
+        if self._pid != os.getpid():  # a thread of the parent may have held it
+            self._saver_lock, self._pid = threading.Lock(), os.getpid()
         with self._saver_lock:
             if self._saver is None or not self._saver.is_of_this_process:
                 self._saver = BackgroundSaver(carry)
@@ -350,7 +365,7 @@ class Repository:
     def _bound(self, snapshot: Snapshot) -> Snapshot:
         return replace(snapshot, _read_leaves=self._read_leaves)
 
-    def _resolve(self, ref: str) -> SnapshotId:
+    def _resolve(self, ref: str | Snapshot) -> SnapshotId:
         """The snapshot of a ref; a branch that is loaded is from now on the head this object has seen."""
         backend = self._handle.backend
         branch = branch_of(backend, ref)
@@ -391,7 +406,9 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
     """Open a repository; with `create=True` make one with default options when there is none.
 
     `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
-    what does not fit is read from the repository. The default is a quarter of the available memory, 0 keeps none.
+    what is not there is read from the repository, which costs a save about half as much processor time again. By
+    default `save` keeps none, so that a save takes no memory worth speaking of, and `save_async`, which copies the
+    state anyway, up to a quarter of the available memory.
 
     Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
     """
@@ -400,7 +417,10 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
     except RepositoryNotFoundError:
         if not create:
             raise
-        repository = init(path)
+        try:
+            repository = init(path)
+        except RepositoryExistsError:  # another rank or thread was faster
+            repository = Repository(path, open_repository(Path(path)))
     repository.handle.base_memory_bytes = base_memory_bytes
     return repository
 
@@ -411,7 +431,7 @@ def save(state: Any, path: PathLike, **options: Any) -> Snapshot:
         return repository.save(state, **options)
 
 
-def load(path: PathLike, ref: str = "main", **options: Any) -> Any:
+def load(path: PathLike, ref: str | Snapshot = "main", **options: Any) -> Any:
     """Load a state from the repository at `path`. Options as in `Repository.load`."""
     with open_(path) as repository:
         return repository.load(ref, **options)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from castore.backend.base import Backend
 from castore.codec.base import Elements
 from castore.codec.chooser import Encoded, encode_chunk
-from castore.errors import CodecError, DamageError, StorageError
+from castore.errors import CastoreError, CodecError
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, RecordKind
 from castore.hashing import Hasher
@@ -41,8 +41,7 @@ class BaseSource:
     depth: int
     """Of its own record."""
     read: Callable[[], Buffer]
-    """Its raw bytes, as long as those of the new chunk. May raise DamageError or StorageError: the new chunk is then
-    stored by itself."""
+    """Its raw bytes, as long as the new chunk's. May raise CastoreError: the new chunk is then stored by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +93,20 @@ class ChunkWriter:
             self._append_next()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-encode")
-        future = self._pool.submit(self._encode, chunk_id, read, elements, kind, base)
+        future = self._submit(chunk_id, read, elements, kind, base)
         self._pending.append(_Pending(chunk_id, kind, raw_bytes, base, future))
+
+    def _submit(
+        self, chunk_id: ChunkId, read: ReadRaw, elements: Elements, kind: RecordKind, base: BaseSource | None
+    ) -> Future[Encoded]:
+        """Encode in a thread; in this one when the interpreter is shutting down and starts no more threads."""
+        assert self._pool is not None
+        try:
+            return self._pool.submit(self._encode, chunk_id, read, elements, kind, base)
+        except RuntimeError:
+            done: Future[Encoded] = Future()
+            done.set_result(self._encode(chunk_id, read, elements, kind, base))
+            return done
 
     def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind, elements: Elements) -> None:
         """Schedule a chunk that is already in memory."""
@@ -132,7 +143,7 @@ class ChunkWriter:
         raw = read()
         other: Buffer | None = None
         if base is not None:
-            with suppress(DamageError, StorageError):
+            with suppress(CastoreError):
                 other = base.read()
         encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
         depth = base.depth + 1 if base is not None and encoded.rests_on_base else 0

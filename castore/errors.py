@@ -140,8 +140,9 @@ class ConflictError(CastoreError):
         expected, found = (expected_id or "no branch")[:12], (found_id or "no branch")[:12]
         super().__init__(
             f"branch {branch!r}: expected head {expected}, found {found}; this save is kept as snapshot "
-            f"{snapshot_id[:12]}: adopt it with `castore branch NAME {snapshot_id[:12]}`, or save again with "
-            f"parent={branch!r}"
+            f"{snapshot_id[:12]}: adopt it with repo.branch(NAME, at=…) or `castore branch NAME {snapshot_id[:12]}`, "
+            "or save again "
+            f"with parent={branch!r}"
         )
         self.branch = branch
         self.snapshot_id = snapshot_id

@@ -17,8 +17,13 @@ from castore.ids import Buffer, ChunkId
 from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
 
 _SLAB_SLOTS = 32
-_SMALL_BYTES = 64 * 1024
-"""Below this a slot would waste more than an allocation costs."""
+_SMALL_BYTES = GRID_BYTES // 2
+"""Below this a slot would waste more memory than it holds."""
+
+
+def occupied_bytes(length: int) -> int:
+    """Memory that a copy of at most one chunk takes: a whole slot, unless it is small."""
+    return GRID_BYTES if length >= _SMALL_BYTES else length
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,20 @@ class BaseMemory:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable); 0 where the system does not say."""
+    """Memory that can be had without swapping (MemAvailable), within the control group's limit; 0 if unknown."""
+    available = _system_available_bytes()
+    try:
+        limit = (_CONTROL_GROUP / "memory.max").read_text(encoding="ascii").strip()
+        current = int((_CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
+        return available if limit == "max" else max(0, min(available, int(limit) - current))
+    except (OSError, ValueError):
+        return available
+
+
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+def _system_available_bytes() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -30,7 +30,7 @@ from castore.format.layout import BRANCHES, TAGS, branch_name, check_ref_name, d
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
 from castore.ids import PREFIX_HEX_MIN, SNAPSHOT_ID_DIGITS, SnapshotId, is_hex
 from castore.options import TEXT_FILE_BYTES_MAX
-from castore.snapshots import ancestry, list_snapshot_ids
+from castore.snapshots import Snapshot, ancestry, list_snapshot_ids
 
 _STEPS_BACK = re.compile(r"~([0-9]{0,19})\Z")
 _AT_STEP = re.compile(r"@(-?[0-9]{1,19})\Z")
@@ -123,8 +123,18 @@ def check_tag_free(backend: Backend, name: str) -> None:
         raise _tag_exists(name, found)
 
 
-def resolve(backend: Backend, text: str) -> SnapshotId:
+def ref_text(ref: str | Snapshot) -> str:
+    """What people pass as a ref: text, or a snapshot itself. Raises UsageError for anything else."""
+    if isinstance(ref, Snapshot):
+        return ref.id
+    if not isinstance(ref, str):
+        raise UsageError(f"ref: expected text or a Snapshot, found {type(ref).__name__}")
+    return ref
+
+
+def resolve(backend: Backend, ref: str | Snapshot) -> SnapshotId:
     """The snapshot that a ref means. Raises UnknownRefError or AmbiguousRefError with near matches, or DamageError."""
+    text = ref_text(ref)
     base, operators = _take_apart(text)
     current = _resolve_base(backend, base)
     for operator in operators:
@@ -132,9 +142,9 @@ def resolve(backend: Backend, text: str) -> SnapshotId:
     return current
 
 
-def branch_of(backend: Backend, text: str) -> str | None:
+def branch_of(backend: Backend, ref: str | Snapshot) -> str | None:
     """The branch that the text names directly, if it does: following `main` follows its moves, `main~1` does not."""
-    name = text.removeprefix("heads/")
+    name = ref_text(ref).removeprefix("heads/")
     try:
         check_ref_name(name)
     except UsageError:

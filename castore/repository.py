@@ -127,6 +127,7 @@ class Handle:
         with self._unshared_lock():
             if self._bases is not None:
                 self._bases.keep_only(())  # its slots go back to the pool
+            self._pool, self._pinned = BufferPool(), None
             if self._store is not None:
                 self._store.close()
                 self._store = self._manifests = self._bases = None

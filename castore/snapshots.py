@@ -55,8 +55,8 @@ class Snapshot:
     step: int | None
     created_at: datetime
     """When the save was asked for, in UTC."""
-    metrics: Mapping[str, float]
-    metadata: Mapping[str, Any]
+    metrics: Mapping[str, float] = field(hash=False)
+    metadata: Mapping[str, Any] = field(hash=False)
     message: str
     raw_bytes: int
     """Bytes of all leaves."""

@@ -54,6 +54,8 @@ class ChunkStore:
         self._readers = _ReaderCache(backend)
         self._reread: set[PackId] = set()
         """Packs whose tables were read again because the index was doubted."""
+        self._sizes: dict[PackId, int] = {}
+        self._bad: set[tuple[PackId, int]] = set()
         self.damaged_packs: dict[PackId, CastoreError] = {}
         """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
 
@@ -64,7 +66,8 @@ class ChunkStore:
         with self._lock:
             # In this order: a pack that another process adds between the two looks must not be forgotten again.
             known = self._index.packs()
-            listing = list_packs(self._backend)
+            self._sizes = pack_sizes(self._backend)
+            listing = frozenset(self._sizes)
             self._index.forget(known - listing)
             self._add_tables(sorted(listing - known))
             self._listing = listing
@@ -76,12 +79,29 @@ class ChunkStore:
         with self._lock:
             self._index.clear()
             self.damaged_packs = {}
+            self._reread.clear()
+            self._bad.clear()
         return len(self.refresh())
 
     def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
         """Locations of each chunk in the packs of the latest listing; empty where there is none. Parallel to ids."""
         listing = self._listing if self._listing is not None else self.refresh()
         return [tuple(hit for hit in hits if hit.pack_id in listing) for hits in self._index.find(ids)]
+
+    def find_sound(self, ids: Sequence[ChunkId]) -> list[Locations]:
+        """As `find`, without locations known to be damaged or cut off: what a save may rely on."""
+        return [tuple(hit for hit in hits if self._is_sound(hit)) for hits in self.find(ids)]
+
+    def _is_sound(self, hit: Location) -> bool:
+        cut = hit.row.offset + hit.row.stored_bytes > self._sizes.get(hit.pack_id, 0)
+        return not cut and (hit.pack_id, hit.row.offset) not in self._bad
+
+    def mark_bad(self, pack_id: PackId, row: Row) -> None:
+        """Remember, while this store is open, that a record did not read right: the next save writes its chunk
+        again.
+        """
+        with self._lock:
+            self._bad.add((pack_id, row.offset))
 
     def locate(self, ids: Collection[ChunkId]) -> dict[ChunkId, Locations]:
         """Locations of every chunk; a miss lists the packs again before it counts. Missing chunks map to ()."""
@@ -99,6 +119,7 @@ class ChunkStore:
             self._index.add(tables)
             if self._listing is not None:
                 self._listing |= tables.keys()
+                self._sizes.update((pack_id, _end(rows)) for pack_id, rows in tables.items())
 
     def _add_tables(self, pack_ids: Iterable[PackId]) -> None:
         batch: dict[PackId, Sequence[Row]] = {}
@@ -189,7 +210,10 @@ class ChunkStore:
         for location in locations:
             try:
                 self._read_one(location, out, verify=verify)
-            except (DamageError, StorageError, UnsupportedFormatError) as error:
+            except DamageError as error:
+                self.mark_bad(location.pack_id, location.row)
+                failure = failure if isinstance(failure, NotFoundError) else error
+            except (StorageError, RepositoryAccessError, UnsupportedFormatError) as error:
                 # A pack that has gone outweighs damage: the chunk may have moved, so it is looked up again.
                 failure = failure if isinstance(failure, NotFoundError) else error
             else:
@@ -251,6 +275,19 @@ class ChunkStore:
             raise type(error)(f"{where}: its delta base cannot be read: {error}") from error
         return out
 
+    def check(self, location: Location) -> None:
+        """Compare a record's stored bytes with their checksum. Raises DamageError, StorageError or NotFoundError."""
+        row = location.row
+        where = f"pack {location.pack_id}, record of chunk {row.chunk_id.hex()} at {row.offset}"
+        check_row(row, where=where)
+        stored = _memory(_STORED, row.stored_bytes)
+        try:
+            self._readers.open(location.pack_id).read_into(row.offset, stored)
+            check_stored(row, stored, where=where)
+        except DamageError:
+            self.mark_bad(location.pack_id, row)
+            raise
+
     def close(self) -> None:
         """Close files and the index."""
         self._readers.close()
@@ -267,10 +304,20 @@ def check_stored(row: Row, stored: memoryview, *, where: str) -> None:
         )
 
 
+def _end(rows: Sequence[Row]) -> int:
+    """Where the last payload of a pack ends: a lower bound of its length."""
+    return max((row.offset + row.stored_bytes for row in rows), default=0)
+
+
 def list_packs(backend: Backend) -> frozenset[PackId]:
     """The packs that stand in the repository now."""
-    names = (parse_pack_name(info.name) for info in backend.list(PACKS))
-    return frozenset(pack_id for pack_id in names if pack_id is not None)
+    return frozenset(pack_sizes(backend))
+
+
+def pack_sizes(backend: Backend) -> dict[PackId, int]:
+    """The packs that stand in the repository now, with their lengths in bytes."""
+    found = ((parse_pack_name(info.name), info.size_bytes) for info in backend.list(PACKS))
+    return {pack_id: size_bytes for pack_id, size_bytes in found if pack_id is not None}
 
 
 _STORED = 0

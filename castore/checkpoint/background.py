@@ -8,7 +8,8 @@ Invariants:
 1. What is saved is the state at the call. Nothing of the live state is referred to after save_async returned.
 2. Saves of one handle are committed in the order of the calls. One that fails leaves the branch where it was, and the
    next continues from there.
-3. An error is raised exactly once: by `result()` if somebody asks there first, else by the next save or by `close`.
+3. An error is raised exactly once: by `result()` if somebody asks there first, else by the next save or by `close`;
+   when there are several by then, with the first.
 4. "Done" is said only of what is durable. The interpreter waits for it before it exits; SIGKILL loses what was queued.
 5. Only so many saves and bytes wait at a time; over that, save_async waits, and says so once.
 """
@@ -16,16 +17,19 @@ Invariants:
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import traceback
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from castore.checkpoint.request import SaveRequest
 from castore.checkpoint.stage import StagedState
-from castore.errors import CastoreError, SlowSaveWarning
+from castore.errors import SlowSaveWarning
 from castore.host_memory import available_bytes
 from castore.options import ASYNC_IN_FLIGHT_MAX, STAGED_BUDGET_SHARE
 from castore.snapshots import Snapshot
@@ -91,38 +95,54 @@ class BackgroundSaver:
         self._changed = threading.Condition()
         self._queue: deque[tuple[PendingSave, StagedState, SaveRequest]] = deque()
         self._in_flight: list[PendingSave] = []
+        self._reserved: set[PendingSave] = set()
+        """Those in flight that are being staged."""
         self._failed: list[PendingSave] = []
         self._thread: threading.Thread | None = None
         self._warned = False
         self._pid = os.getpid()
 
-    def make_room(self, needed_bytes: int) -> None:
-        """Wait until one more save of that size may be staged. A save larger than the budget waits to be alone."""
+    def reserve(self, needed_bytes: int, step: int | None) -> PendingSave:
+        """Wait until one more save of that size may be staged, and count it. A save larger than the budget waits to be
+        alone. `submit` or `cancel` it.
+        """
+        pending = PendingSave(needed_bytes, step)
         with self._changed:
-            if not self._is_full(needed_bytes):
-                return
-            if not self._warned:
+            if self._is_full(needed_bytes) and not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"save_async waits: {len(self._in_flight)} saves are still being written, at most "
                     f"{self._in_flight_max} may be; save less often, or see Repository.limit_async",
                     SlowSaveWarning,
-                    stacklevel=4,
+                    stacklevel=3,  # the caller of Repository.save_async
                 )
             while self._is_full(needed_bytes):
                 self._changed.wait()
-
-    def submit(self, staged: StagedState, request: SaveRequest) -> PendingSave:
-        """Queue a staged state."""
-        pending = PendingSave(staged.staged_bytes, request.step)
-        with self._changed:
-            self._queue.append((pending, staged, request))
             self._in_flight.append(pending)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="castore-save", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
+            self._reserved.add(pending)
         return pending
+
+    def submit(self, pending: PendingSave, staged: StagedState, request: SaveRequest) -> None:
+        """Queue a staged state. When no thread can be started, it is released and the error raised."""
+        with self._changed:
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="castore-save", daemon=True)
+                try:
+                    thread.start()  # it waits for the lock
+                except BaseException:
+                    staged.release()
+                    raise
+                self._thread = thread
+            self._reserved.remove(pending)
+            self._queue.append((pending, staged, request))
+
+    def cancel(self, pending: PendingSave) -> None:
+        """Give up what was reserved, unless it has been submitted."""
+        with self._changed:
+            if pending in self._reserved:
+                self._reserved.remove(pending)
+                self._in_flight.remove(pending)
+                self._changed.notify_all()
 
     def set_limits(self, *, in_flight_max: int, staged_bytes_max: int | None) -> None:
         """Change the limits from the next save on; None stands for a share of the available memory."""
@@ -144,16 +164,21 @@ class BackgroundSaver:
                 self._changed.wait()
 
     def raise_failure(self) -> None:
-        """Raise the first error that nobody has been told of."""
+        """Raise the first error that nobody has been told of; its notes tell of the others."""
         with self._changed:
             unheard = [pending for pending in self._failed if not pending._raised]
             self._failed.clear()
-        for pending in unheard[:1]:
+        if not unheard:
+            return
+        first, *others = unheard
+        error = first._error
+        assert error is not None
+        error.add_note(f"this save_async of step {first._step} failed in the background")
+        for pending in others:
+            error.add_note(f"so did that of step {pending._step}: {pending._error!r}")
+        for pending in unheard:
             pending._raised = True
-            error = pending._error
-            assert error is not None
-            error.add_note(f"this save_async of step {pending._step} failed in the background; the branch did not move")
-            raise error
+        raise error
 
     def _is_full(self, needed_bytes: int) -> bool:
         if not self._in_flight:
@@ -197,13 +222,14 @@ def wait_at_exit(saver: BackgroundSaver) -> None:
 
     def finish() -> None:
         saver = alive()
-        if saver is None:
+        if saver is None or not saver.is_of_this_process:  # a child must not touch its parent's lock
             return
         saver.wait()
         try:
             saver.raise_failure()
-        except CastoreError as error:
-            warnings.warn(f"a background save failed and nobody asked for its result: {error}", stacklevel=2)
+        except BaseException:  # noqa: BLE001  an error here would end the waiting for other handles
+            with suppress(Exception):
+                sys.stderr.write(f"a background save failed and nobody asked for its result:\n{traceback.format_exc()}")
 
     # concurrent.futures stops its pools in the same way, and callbacks run last registered first: ours comes before.
     register = getattr(threading, "_register_atexit", None)

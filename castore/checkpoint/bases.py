@@ -102,7 +102,7 @@ def _usable_locations(
     wanted: Sequence[ChunkId] = list(ids)
     return {
         chunk_id: tuple(sorted((hit for hit in hits if hit.pack_id not in condemned), key=lambda hit: hit.row.depth))
-        for chunk_id, hits in zip(wanted, store.find(wanted), strict=True)
+        for chunk_id, hits in zip(wanted, store.find_sound(wanted), strict=True)
     }
 
 

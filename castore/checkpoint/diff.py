@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from castore.checkpoint.plan import chunk_lengths
-from castore.errors import PathNotFoundError
+from castore.errors import PathNotFoundError, UsageError
 from castore.format.identity import content_kind, entry_digest
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.format.paths import compile_glob
@@ -99,6 +99,8 @@ def diff(
     progress: Progress | None,
 ) -> Diff:
     """Compare two snapshots. See `Repository.diff`."""
+    if isinstance(paths, str):
+        raise UsageError(f"paths: expected a sequence of globs, found the text {paths!r}; write paths=[{paths!r}]")
     side_a, side_b = _leaves(handle, a, paths), _leaves(handle, b, paths)
     if paths is not None and not side_a and not side_b:
         raise PathNotFoundError(f"no leaf of {a[:12]} or {b[:12]} matches {', '.join(paths)}")
@@ -176,7 +178,14 @@ def _with_values(
     # numpy costs 80 ms of start-up, which `--no-values` need not pay.
     from castore.checkpoint.value_diff import compare_values
 
-    todo = [leaf for leaf in leaves if leaf.status == "changed" and leaf.shape_a == leaf.shape_b]
+    # The bytes of a view lie in its storage; its chunks say that it changed, and that is all that is told.
+    todo = [
+        leaf
+        for leaf in leaves
+        if leaf.status == "changed"
+        and leaf.shape_a == leaf.shape_b
+        and Kind.VIEW not in (side_a[leaf.path].kind, side_b[leaf.path].kind)
+    ]
     total = sum(leaf.raw_bytes_a + leaf.raw_bytes_b for leaf in todo)
     done = 0
     filled: dict[str, LeafDiff] = {}

@@ -29,14 +29,14 @@ from castore.refs import (
     resolve,
 )
 from castore.repository import Handle
-from castore.snapshots import list_snapshot_ids, read_record, split_ids
+from castore.snapshots import Snapshot, list_snapshot_ids, read_record, split_ids
 from castore.store import list_packs
 
 _COPIED = Elements(4, is_float=True)
 """What is copied out of a condemned pack: its element type is not known here, and nearly all state is fp32."""
 
 
-def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
+def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) -> Ref:
     """Make or move a branch. See `Repository.branch`."""
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
@@ -66,7 +66,7 @@ def make_branch(handle: Handle, name: str, *, at: str, move: bool) -> Ref:
     return Ref(name, target, now_ns)
 
 
-def make_tag(handle: Handle, name: str, *, at: str) -> Ref:
+def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
     """Make a tag. See `Repository.tag`."""
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()

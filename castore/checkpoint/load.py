@@ -5,6 +5,7 @@ ref → snapshot file → manifest parts → choose → (compare with `into`) �
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ _SHOWN_PATHS_MAX = 5
 class LoadRequest:
     """How to load; see `Repository.load`."""
 
-    paths: tuple[str, ...] | None = None
+    paths: Sequence[str] | None = None
     strict: bool = True
     device: Any = None
     verify: bool = True
@@ -136,7 +137,10 @@ def _only_leaf(state: Any, selected: Iterable[Entry]) -> Any:
 
 
 def _row_range(rows: slice, count: int, path: str) -> tuple[int, int]:
-    start, stop, step = rows.indices(count)
+    try:
+        start, stop, step = rows.indices(count)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(f"leaf {path!r}: rows: expected a slice of ints, found {rows!r}") from error
     if step != 1:
         raise UsageError(f"leaf {path!r}: rows: expected a step of 1, found {step}")
     return start, max(start, stop)
@@ -147,7 +151,7 @@ def _matched(entries: Sequence[Entry], into: Any, request: LoadRequest, *, where
     touched.
     """
     matched = match(
-        flatten(into, allow_pickle=True), entries, selected=any_of(request.paths) if request.paths is not None else None
+        flatten(into, is_target=True), entries, selected=any_of(request.paths) if request.paths is not None else None
     )
     if matched.mismatched or (request.strict and not matched.is_exact):
         facts = [
@@ -155,7 +159,9 @@ def _matched(entries: Sequence[Entry], into: Any, request: LoadRequest, *, where
             *_listed("unexpected in the snapshot", matched.unexpected if request.strict else ()),
             *_listed("mismatched", matched.mismatched),
         ]
-        advice = "nothing was touched; strict=False loads what both have" if request.strict else "nothing was touched"
+        advice = "nothing was touched"
+        if not matched.mismatched:
+            advice += "; strict=False loads what both have"
         raise StateMismatchError(
             f"{where} does not fit the live state: {'; '.join(facts)}; {advice}",
             missing=matched.missing,
@@ -254,12 +260,14 @@ class _Fetch:
         jobs = self._jobs()
         total_bytes = sum(job.chunk_bytes for job in jobs)
         done_bytes = 0
+        lock = threading.Lock()
 
         def advance(count_bytes: int) -> None:
             nonlocal done_bytes
-            done_bytes += count_bytes
-            if progress is not None:
-                progress(done_bytes, total_bytes)
+            with lock:  # several threads fetch; the figure must not go back
+                done_bytes += count_bytes
+                if progress is not None:
+                    progress(done_bytes, total_bytes)
 
         with self.midway():
             fetch_all(

@@ -10,6 +10,7 @@ from typing import Any
 
 from castore.errors import UsageError
 from castore.format.layout import check_ref_name
+from castore.snapshots import Snapshot
 
 METADATA_DEPTH_MAX = 100
 """Well inside of what msgpack packs (511 levels) and the interpreter recurses."""
@@ -25,7 +26,7 @@ class SaveRequest:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     message: str = ""
     tags: Sequence[str] = ()
-    parent: str | None = None
+    parent: str | Snapshot | None = None
     """A ref to continue from; None: the head that this handle last saw."""
     allow_pickle: bool = False
 
@@ -86,12 +87,15 @@ def _number(value: Any, key: str) -> float:
     try:
         if isinstance(value, bool | str | bytes | bytearray):
             raise TypeError("no number")
-        return float(value)
+        # A loss still hangs on its graph, and torch warns when such a tensor is made a number.
+        return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UsageError(f"metrics[{key!r}]: expected a number, found {type(value).__name__}: {error}") from error
 
 
 def _json_value(value: Any, where: str, *, depth: int = 0) -> Any:
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # numpy's scalars and 0-dim tensors
     if depth > METADATA_DEPTH_MAX:
         raise UsageError(f"{where[:200]}…: expected at most {METADATA_DEPTH_MAX} levels")
     if value is None or isinstance(value, bool):

@@ -24,7 +24,7 @@ from typing import Any
 from castore.checkpoint.plan import HashedState, Write, hash_state, plan_manifest, plan_writes, written_bytes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
-from castore.errors import CastoreError, ConflictError, DamageError, RefError, StaleSaveWarning, StorageError
+from castore.errors import CastoreError, ConflictError, StaleSaveWarning
 from castore.format.identity import entry_digest, state_id
 from castore.format.manifest import Entry, Kind
 from castore.format.snapshot import SnapshotRecord
@@ -53,8 +53,14 @@ def save(handle: Handle, state: Any, request: SaveRequest, *, progress: Progress
     return save_flat(handle, flatten(state, allow_pickle=request.allow_pickle), request, progress=progress)
 
 
-def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress: Progress | None) -> Snapshot:
-    """Save a flat state, live or staged; `request` has been checked. Else as `save`."""
+def save_flat(
+    handle: Handle, flat: FlatState, request: SaveRequest, *, progress: Progress | None, staged: bool = False
+) -> Snapshot:
+    """Save a flat state, live or staged; `request` has been checked. Else as `save`.
+
+    Bases are kept in memory for staged states, whose owner has agreed to a copy of the state in host memory, and
+    otherwise only within a budget that was given.
+    """
     handle.config.check_features("write", where=handle.backend.location)
     now_ns = handle.clock()
     with writer_lease(handle.backend, purpose="save", now_ns=now_ns):
@@ -62,19 +68,22 @@ def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress
         for tag in request.tags:
             check_tag_free(handle.backend, tag)
         meter = _Meter(progress, total_bytes=2 * sum(payload.raw_bytes for payload in flat.payloads if payload))
-        handle.bases.set_budget(handle.base_memory_bytes)
+        handle.bases.set_budget(0 if handle.base_memory_bytes is None and not staged else handle.base_memory_bytes)
         hashed = hash_state(flat, handle.hasher, progress=meter.advance)
         session = WriteSession(handle, now_ns)
         try:
-            record = _write_chunks(session, hashed, request, parent, meter)
+            previous = _read_parent(handle, parent)
+            record = _write_chunks(session, hashed, request, parent=parent, previous=previous, meter=meter)
             snapshot_id = write_record(handle.backend, record, handle.hasher)
             session.heal()
-            _commit(session, request, parent, snapshot_id)
             session.remember_bases({chunk_id for leaf in hashed.leaves for chunk_id in leaf.ids})
+            meter.finish()
+            _commit(session, request, parent, snapshot_id)
         except BaseException:
             session.abort()
             raise
-    meter.finish()
+    if previous is not None:
+        _warn_if_stale(handle.hasher, request, hashed, previous)
     return make_snapshot(snapshot_id, record, lambda _: leaf_table(hashed.entries, handle.hasher))
 
 
@@ -120,7 +129,13 @@ def _commit(session: WriteSession, request: SaveRequest, parent: _Parent, snapsh
 
 
 def _write_chunks(
-    session: WriteSession, hashed: HashedState, request: SaveRequest, parent: _Parent, meter: _Meter
+    session: WriteSession,
+    hashed: HashedState,
+    request: SaveRequest,
+    *,
+    parent: _Parent,
+    previous: _Previous | None,
+    meter: _Meter,
 ) -> SnapshotRecord:
     """Write what is missing and describe the snapshot; nothing is visible yet but packs that nobody refers to."""
     handle = session.handle
@@ -129,9 +144,7 @@ def _write_chunks(
     for leaf in hashed.leaves:
         sources.update(zip(leaf.ids, leaf.sources, strict=True))
     present = session.find_present(sources)
-    previous = _read_parent(handle, parent)
     if previous is not None:
-        _warn_if_stale(handle.hasher, request, hashed, previous)
         session.plan_deltas(hashed.entries, previous.entries)
     writes = plan_writes(hashed.leaves, present, compression=handle.config.options.compression)
     parts = [
@@ -173,7 +186,7 @@ class _Previous:
 def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
     """The parent; None without one, or when it cannot be read: that only costs the differences from it."""
     for snapshot_id in parent.parents:
-        with suppress(DamageError, RefError, StorageError):
+        with suppress(CastoreError):
             record = read_record(handle.backend, snapshot_id)
             return _Previous(snapshot_id, record.step, handle.manifests.entries(record))
     return None

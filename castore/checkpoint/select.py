@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 
-from castore.errors import PathNotFoundError
+from castore.errors import PathNotFoundError, UsageError
 from castore.format.manifest import Entry, Kind
 from castore.format.paths import compile_glob
 from castore.tensors import select
@@ -27,6 +27,10 @@ def select_entries(entries: Sequence[Entry], patterns: Sequence[str] | None, *, 
     """
     if patterns is None:
         return entries
+    if isinstance(patterns, str):
+        raise UsageError(
+            f"paths: expected a sequence of globs, found the text {patterns!r}; write paths=[{patterns!r}]"
+        )
     for pattern in patterns:
         match = compile_glob(pattern)
         if not any(match(entry.path) for entry in entries if entry.kind is not Kind.STORAGE):

@@ -138,6 +138,9 @@ class WriteSession:
         def read() -> Buffer:
             kept = memory.get(base.chunk_id)
             if kept is not None:
+                # Memory is right whatever the disk did: a difference from a rotten record could never be read again.
+                for location in base.rests_on:
+                    store.check(location)
                 return kept
             out = memoryview(_scratch.buffer)[:raw_bytes]
             store.read_into(base.chunk_id, base.rests_on[:1], out)

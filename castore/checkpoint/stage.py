@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from castore.checkpoint.plan import grid
-from castore.host_memory import BufferPool, HostCopy
+from castore.host_memory import BufferPool, HostCopy, occupied_bytes
 from castore.options import GRID_BYTES
 from castore.tensors import DeviceCopies, FlatState, Payload, is_on_cuda
 
@@ -36,9 +36,14 @@ class StagedState:
     """A flat state whose payloads no longer refer to the live state."""
 
     flat: FlatState
-    staged_bytes: int
     release: Callable[[], None]
     """Give the memory back to the pool; call once, when the save is over."""
+
+
+def staged_bytes(flat: FlatState) -> int:
+    """Host memory that the copies of a state will take."""
+    lengths = (payload.raw_bytes for payload in flat.payloads if payload is not None)
+    return sum(occupied_bytes(stop - start) for length in lengths for start, stop in grid(length))
 
 
 def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
@@ -69,5 +74,4 @@ def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
         release()
         raise
     copies.wait()
-    total = sum(payload.raw_bytes for payload in staged if payload is not None)
-    return StagedState(FlatState(flat.entries, tuple(staged)), total, release)
+    return StagedState(FlatState(flat.entries, tuple(staged)), release)

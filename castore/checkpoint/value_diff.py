@@ -102,7 +102,7 @@ def _decoder(entry: Entry) -> Decoder | None:
     if entry.kind is Kind.FLOAT:
         return _plain("<f8")
     if entry.kind is Kind.INT:
-        return lambda raw: np.array([float(int.from_bytes(raw, "little", signed=True))])
+        return _integer
     if entry.kind in (Kind.INT_LIST, Kind.INT_TUPLE):
         return _plain("<i8")
     if entry.kind in (Kind.FLOAT_LIST, Kind.FLOAT_TUPLE):
@@ -132,6 +132,14 @@ def _numpy_decoder(code: str) -> Decoder | None:
 
 def _plain(code: str) -> Decoder:
     return lambda raw: np.frombuffer(raw, code).astype(np.float64)
+
+
+def _integer(raw: bytes | bytearray) -> Floats:
+    value = int.from_bytes(raw, "little", signed=True)
+    try:
+        return np.array([float(value)])
+    except OverflowError:  # beyond any float: counted as not finite
+        return np.array([math.inf if value > 0 else -math.inf])
 
 
 def _bfloat16(raw: bytes | bytearray) -> Floats:

@@ -9,6 +9,7 @@
     leases/<random>.lease
     gc/<random>.condemned
     cache/                          the index; may be deleted at any time
+    .lock                           empty; locked while a branch or tag moves (local file systems)
 
 Names given by people are encoded: every byte of their UTF-8 outside a-z 0-9 _ - becomes %XX (upper-case letters and
 dots too, so that names stay apart on file systems that fold case, and none is hidden or has a meaning of its own).
@@ -31,7 +32,6 @@ TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
 CACHE = "cache/"
-CACHE_INDEX = "cache/index.lmdb"
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
 _ENCODED_BYTES_MAX = 240

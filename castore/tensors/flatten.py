@@ -50,7 +50,7 @@ from castore.tensors.classes import (
 from castore.tensors.composites import Composite, take_apart
 from castore.tensors.lazy import loaded_torch
 from castore.tensors.payloads import ArrayPayload, HullPayload, Payload
-from castore.tensors.scalars import Encoded, encode_pickle, encode_value
+from castore.tensors.scalars import Encoded, encode_pickle, encode_value, opaque_value
 from castore.tensors.unsupported import unsupported
 
 STORAGE_PREFIX = "~storage/"
@@ -69,15 +69,16 @@ class FlatState:
     """None for containers and aliases. A VIEW has one too: its own bytes, which are only hashed."""
 
 
-def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
+def flatten(state: Any, *, allow_pickle: bool = False, is_target: bool = False) -> FlatState:
     """Take a state apart. Copies no array; the payloads keep the state's values alive and read their memory
     later.
 
     Raises UnsupportedLeafError, which names the path, for a value without a typed encoding
     (`allow_pickle=True` pickles it instead), and UsageError for containers that hold themselves or are nested
-    deeper than SKELETON_DEPTH_MAX.
+    deeper than SKELETON_DEPTH_MAX. `is_target` describes a state that is to be loaded into: what has no typed encoding
+    is named and never pickled.
     """
-    walk = _Walk(allow_pickle=allow_pickle)
+    walk = _Walk(allow_pickle=allow_pickle, is_target=is_target)
     walk.visit(state, "")
     return _with_sharing(walk)
 
@@ -85,8 +86,9 @@ def flatten(state: Any, *, allow_pickle: bool = False) -> FlatState:
 class _Walk:
     """The entries of a state so far."""
 
-    def __init__(self, *, allow_pickle: bool) -> None:
+    def __init__(self, *, allow_pickle: bool, is_target: bool) -> None:
         self.allow_pickle = allow_pickle
+        self.is_target = is_target
         self.entries: list[Entry] = []
         self.payloads: list[Payload | None] = []
         self.arrays: list[tuple[int, Array]] = []
@@ -125,6 +127,8 @@ class _Walk:
         try:
             return _examine(value, path)
         except UnsupportedLeafError:
+            if self.is_target:
+                return opaque_value(value)
             if not self.allow_pickle:
                 raise
             return encode_pickle(value, path)

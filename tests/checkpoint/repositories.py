@@ -128,9 +128,9 @@ def at_call(number: int, action: Callable[[], object], *, operation: str = "") -
     def hook(found: str, name: str) -> None:
         nonlocal seen
         if not operation or found == operation:
-            if seen == number:
-                action()
             seen += 1
+            if seen == number + 1:
+                action()
 
     return hook
 

@@ -20,7 +20,7 @@ def training_state(seed: int, *, frozen_bytes: int = 40_000, moving_bytes: int =
     return {
         "model": {
             "frozen": frozen,
-            "moving": np.frombuffer(generator.bytes(moving_bytes), np.uint8).reshape(-1, 4),
+            "moving": generator.integers(0, 256, (moving_bytes // 4, 4), np.uint8),
             "head": generator.standard_normal((30, 20)),
         },
         "optimizer": {"state": {0: {"step": seed, "exp_avg": generator.standard_normal(500)}, 1: {"step": seed + 1}}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import json
 import math
@@ -30,6 +30,7 @@ from castore.errors import (
     UnsupportedLeafError,
     UsageError,
 )
+from castore.format.pack import RecordKind
 from castore.options import KIB, RepositoryOptions
 from castore.repository import Handle
 from tests.checkpoint.repositories import HookedBackend, at_call, create_on, files_of, held_leases, open_on, packs_of
@@ -50,7 +51,7 @@ def noise(seed: int, count: int) -> np.ndarray:
 
 def test_a_snapshot_says_all_about_itself(tmp_path: Path) -> None:
     with castore.init(tmp_path / "store") as repo:
-        before = datetime.datetime.now(datetime.UTC)
+        before = dt.datetime.now(dt.UTC)
         first = repo.save({"w": np.zeros(10)})
         snapshot = repo.save(
             {"w": np.arange(1000, dtype=np.float32), "n": 7},
@@ -60,14 +61,14 @@ def test_a_snapshot_says_all_about_itself(tmp_path: Path) -> None:
             message="first line\nsecond",
             tags=("best", "v1/release"),
         )
-        assert before <= snapshot.created_at <= datetime.datetime.now(datetime.UTC)
+        assert before <= snapshot.created_at <= dt.datetime.now(dt.UTC)
         assert (snapshot.branch, snapshot.step, snapshot.parents) == ("main", 100, (first.id,))
         assert snapshot.metrics == {"loss": 1.25, "seen": 10**12}
         assert snapshot.metadata == {"lr": 2e-5, "nested": {"list": [1, None, True, "x"]}}
         assert snapshot.message == "first line\nsecond"
         assert snapshot.raw_bytes == 4001
         assert snapshot.new_bytes == 4000
-        assert 0 < snapshot.stored_bytes
+        assert snapshot.stored_bytes > 0
         assert snapshot.software.startswith("castore")
         assert [(leaf.path, leaf.shape, leaf.raw_bytes, leaf.chunk_count) for leaf in snapshot.leaves] == [
             ("w", (1000,), 4000, 1),
@@ -174,9 +175,7 @@ BAD_REQUESTS: list[Mapping[str, Any]] = [
 
 @pytest.mark.parametrize("request_", BAD_REQUESTS, ids=lambda request: repr(request)[:60])
 def test_a_bad_request_is_refused_before_anything_is_written(repo: Repository, request_: Mapping[str, Any]) -> None:
-    """Among them those that were found out only after the packs were written, or that made a snapshot which nobody could
-    read again.
-    """
+    """Some were found out only after the packs were written, others made a snapshot that nobody could read again."""
     before = files_of(repo.handle.backend)
     with pytest.raises(UsageError):
         repo.save(training_state(1), **request_)
@@ -292,7 +291,6 @@ def test_what_has_no_encoding_is_named_with_its_path_and_type(repo: Repository) 
             repo.save(state)
         assert caught.value.path == path
         assert caught.value.type_name in str(caught.value)
-        assert "allow_pickle" in str(caught.value)
     assert files_of(repo.handle.backend) == before
 
 
@@ -373,7 +371,7 @@ def test_large_text_and_bytes_spill_into_chunks(repo: Repository) -> None:
     state = {"text": "é" * 200_000, "bytes": noise(0, 2_500_000).tobytes(), "short": "é" * 100}
     snapshot, _ = written_by(repo, state)
     assert {leaf.path: leaf.chunk_count for leaf in snapshot.leaves} == {"text": 1, "bytes": 3, "short": 0}
-    parts = sum(row.raw_bytes for row in _rows(repo) if row.kind != 0)
+    parts = sum(row.raw_bytes for row in _rows(repo) if row.kind is RecordKind.PART)
     assert parts < 1 * KIB, "the manifest does not hold them"
     assert_same(repo.load("main"), state)
     assert repo.save({**state, "short": "x"}).new_bytes == 0
@@ -483,7 +481,7 @@ def test_two_saves_of_one_state_are_two_snapshots(repo: Repository) -> None:
 def test_progress_grows_to_its_end(repo: Repository) -> None:
     for _ in range(2):  # the second time nothing is written
         calls: list[tuple[int, int]] = []
-        repo.save(training_state(1), progress=lambda done, total: calls.append((done, total)))
+        repo.save(training_state(1), progress=lambda *call, calls=calls: calls.append(call))
         done = [call[0] for call in calls]
         assert done == sorted(done)
         assert len({total for _, total in calls}) == 1
@@ -515,9 +513,7 @@ def test_a_progress_callback_that_raises_ends_the_save(repo: Repository) -> None
 @pytest.mark.parametrize("compression", ["auto", "lz4", "none"])
 @pytest.mark.parametrize("kind", ["noise", "numbers"])
 def test_a_state_that_changes_while_it_is_saved_is_found_out(compression: Any, kind: str) -> None:
-    """Chunks stored raw went unproved: other bytes under their id, for this snapshot and for every later one that has the
-    same content.
-    """
+    """Chunks stored raw went unproved: other bytes under the id, for this snapshot and all later ones that share it."""
     repo = create_on(MemoryBackend(), RepositoryOptions(compression=compression))
     array = noise(0, 200_000) if kind == "noise" else np.arange(50_000, dtype=np.float32)
     original = array.copy()
@@ -555,12 +551,14 @@ def test_a_state_that_changes_after_it_was_encoded_spoils_no_later_difference(mo
     saved = array.copy()
 
     def change_first(pool: BufferPool, raw: Any) -> Any:
-        array[:100] += 1
+        if bytes(raw) == saved.tobytes():
+            array[:100] += 1
         return copy(pool, raw)
 
     with monkeypatch.context() as patch:
         patch.setattr(BufferPool, "copy", change_first)
         repo.save({"array": array})
+    assert array[0] != saved[0], "nothing was kept in memory"
     assert_same(repo.load("main"), {"array": saved})
     repo.save({"array": saved * np.float32(1.0001)})
     assert_same(open_on(repo.handle.backend).load("main"), {"array": saved * np.float32(1.0001)})
@@ -609,7 +607,7 @@ def test_the_clock_comes_in_as_an_argument(tmp_path: Path) -> None:
     handle: Handle = open_repository(tmp_path / "store", clock=lambda: 1_700_000_000_123_456_789)
     with Repository(tmp_path / "store", handle) as repo:
         snapshot = repo.save({})
-        assert snapshot.created_at == datetime.datetime(2023, 11, 14, 22, 13, 20, 123457, datetime.UTC)
+        assert snapshot.created_at == dt.datetime(2023, 11, 14, 22, 13, 20, 123457, dt.UTC)
         assert repo.branches()[0].time_ns == 1_700_000_000_123_456_789
 
 
