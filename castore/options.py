@@ -53,9 +53,8 @@ ENCODE_AHEAD_CHUNKS = 16
 """Chunks being encoded or waiting to be written: bounds the memory of a save to 16 MiB raw plus as much encoded."""
 
 DELTA_DEPTH_MAX = 2
-"""Bases that may have to be read before a chunk decodes. Each level costs a load the reading and decoding of one more
-chunk. 2: the first save after an anchor becomes the reference of all later ones, which are nearer to it than to the
-anchor."""
+"""Bases that may have to be read before a chunk decodes. Each level costs a load one more chunk. 2: the first save
+after an anchor becomes the reference of all later ones, which are nearer to it than to the anchor."""
 BASE_BUDGET_SHARE = 0.25
 """Of the available memory, what copies of delta bases may occupy. A state that is a modest part of the memory fits; for
 a larger one the rest of the bases is read from the repository."""
@@ -78,7 +77,8 @@ class RepositoryOptions:
     hash: HashName = "xxh3-128"
     """Digest of chunks and snapshots. blake3 where weights of strangers are stored or the repository is shared."""
     compression: Compression = "auto"
-    """auto: differences, byte planes + zstd, or raw, by a sample of each chunk; lz4: lz4 or raw; none: raw, mappable."""
+    """auto: differences, byte planes + zstd, or raw, by a sample of each chunk; lz4: lz4 or raw; none: raw,
+    mappable."""
     lease_s: float = 60.0
     """How long a lease of another host counts as alive without a sign of life."""
     orphan_grace_s: float = 14 * 24 * 3600.0

@@ -202,7 +202,7 @@ def _warn_if_stale(hasher: Hasher, request: SaveRequest, hashed: HashedState, pr
             f"step {request.step}: all {len(now)} tensors are bit for bit those of step {previous.step} (snapshot "
             f"{previous.snapshot_id[:12]}); is the state that is saved the one that is trained?",
             StaleSaveWarning,
-            stacklevel=6,  # the caller of Repository.save
+            stacklevel=5,  # the caller of Repository.save
         )
 
 

@@ -183,6 +183,7 @@ def test_bases_from_memory_and_from_the_repository_give_the_same_records() -> No
 
 def test_a_base_in_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     repo = new_repo()
+    repo.handle.base_memory_bytes = 1 << 30
     read: set[ChunkId] = set()
     original = ChunkStore.read_into
 
@@ -251,7 +252,7 @@ def changing_states() -> list[State]:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_shapes_types_and_paths_may_change_between_saves(in_memory: bool) -> None:
     repo = new_repo()
-    repo.handle.base_memory_bytes = None if in_memory else 0
+    repo.handle.base_memory_bytes = 1 << 30 if in_memory else 0
     states = changing_states()
     snapshots = [repo.save(state, step=step) for step, state in enumerate([*states, *states[::-1]])]
     assert [snapshot.state_id for snapshot in snapshots] == [
@@ -412,9 +413,9 @@ def test_a_rotten_base_is_named_with_everything_that_it_touches(drifting: Reposi
         rest = repo.load(found.id, paths=["m", "noise", "step"])
         assert rest["noise"] == np.random.default_rng(found.step).bytes(5000)
     report = repo.verify(data=True)
-    assert {repo.snapshot(key).step: leaves for key, leaves in report.damaged_snapshots.items()} == {
-        number: ("w",) for number in touched
-    }
+    assert {repo.snapshot(key).step: leaves for key, leaves in report.damaged_snapshots.items()} == dict.fromkeys(
+        touched, ("w",)
+    )
     (problem,) = report.problems
     assert pack_id in problem.where
     assert rotten.hex() in problem.message
