@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,6 @@ from castore.index.base import Location
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES
 from castore.tensors import flatten
 from tests.checkpoint.repositories import create_on
-import itertools
 
 HASHER = hasher_for("xxh3-128")
 NONE: frozenset[PackId] = frozenset()

@@ -45,6 +45,7 @@ from tests.checkpoint.repositories import (
 from tests.suites.packs import flip, rewrite
 
 State = dict[str, Any]
+AMPLE = 1 << 40
 
 
 def id_of_state(state: Any, repo: Repository) -> str:
@@ -166,24 +167,23 @@ def test_bases_from_memory_and_from_the_repository_give_the_same_records() -> No
         ]
         return ids, sorted(stored, key=repr)
 
-    def without_memory(repo: Repository) -> Repository:
-        repo.handle.base_memory_bytes = 0
-        return repo
+    def with_memory(budget_bytes: int | None) -> Callable[[Repository], Repository]:
+        def prepare(repo: Repository) -> Repository:
+            repo.handle.base_memory_bytes = budget_bytes
+            return repo
 
-    def too_small(repo: Repository) -> Repository:
-        repo.handle.base_memory_bytes = GRID_BYTES
-        return repo
+        return prepare
 
-    usual = saved(lambda repo: repo)
+    usual = saved(with_memory(AMPLE))
     assert {row[2] for row in usual[1]} == {0, 1, 2}
-    assert saved(without_memory) == usual
-    assert saved(too_small) == usual
+    for budget_bytes in (None, 0, GRID_BYTES):
+        assert saved(with_memory(budget_bytes)) == usual
     assert saved(lambda repo: open_on(repo.handle.backend)) == usual
 
 
 def test_a_base_in_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     repo = new_repo()
-    repo.handle.base_memory_bytes = 1 << 30
+    repo.handle.base_memory_bytes = AMPLE
     read: set[ChunkId] = set()
     original = ChunkStore.read_into
 
@@ -252,7 +252,7 @@ def changing_states() -> list[State]:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_shapes_types_and_paths_may_change_between_saves(in_memory: bool) -> None:
     repo = new_repo()
-    repo.handle.base_memory_bytes = 1 << 30 if in_memory else 0
+    repo.handle.base_memory_bytes = AMPLE if in_memory else 0
     states = changing_states()
     snapshots = [repo.save(state, step=step) for step, state in enumerate([*states, *states[::-1]])]
     assert [snapshot.state_id for snapshot in snapshots] == [
@@ -302,6 +302,7 @@ def test_a_fork_rests_on_the_fork_point() -> None:
 
 def test_branches_may_be_saved_in_turns() -> None:
     repo = new_repo()
+    repo.handle.base_memory_bytes = AMPLE
     root = repo.save(dense(0))
     for step in range(1, 6):
         for number in range(3):
@@ -542,6 +543,7 @@ def test_bases_that_go_at_any_call_of_a_save_are_healed(base_step: int, deleted:
         backend = copied(start)
         hooked = HookedBackend(backend)
         saving = open_on(hooked)
+        saving.handle.base_memory_bytes = AMPLE
         saving.save(small(5), branch="other", parent="main")  # brings the bases into memory
         names: list[str] = []
 
