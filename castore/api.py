@@ -80,7 +80,7 @@ class Repository:
         return f"castore.open({str(self._path)!r})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (open_, (str(self._path),))
+        return (_reopen, (str(self._path), self._handle.base_memory_bytes))
 
     # ---- save and load -------------------------------------------------------------------------------------------
 
@@ -423,6 +423,10 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
             repository = Repository(path, open_repository(Path(path)))
     repository.handle.base_memory_bytes = base_memory_bytes
     return repository
+
+
+def _reopen(path: str, base_memory_bytes: int | None) -> Repository:
+    return open_(path, base_memory_bytes=base_memory_bytes)
 
 
 def save(state: Any, path: PathLike, **options: Any) -> Snapshot:

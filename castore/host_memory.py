@@ -17,13 +17,13 @@ from castore.ids import Buffer, ChunkId
 from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
 
 _SLAB_SLOTS = 32
-_SMALL_BYTES = GRID_BYTES // 2
+SLOT_BYTES_MIN = GRID_BYTES // 2
 """Below this a slot would waste more memory than it holds."""
 
 
 def occupied_bytes(length: int) -> int:
     """Memory that a copy of at most one chunk takes: a whole slot, unless it is small."""
-    return GRID_BYTES if length >= _SMALL_BYTES else length
+    return GRID_BYTES if length >= SLOT_BYTES_MIN else length
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class BufferPool:
 
     def copy(self, raw: Buffer) -> HostCopy:
         """Copy at most one chunk. `release` the copy after use."""
-        if len(raw) < _SMALL_BYTES:
+        if len(raw) < SLOT_BYTES_MIN:
             return HostCopy(memoryview(bytes(raw)), None)
         copy = self.take(len(raw))
         copy.view[:] = raw

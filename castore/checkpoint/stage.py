@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from castore.checkpoint.plan import grid
-from castore.host_memory import BufferPool, HostCopy, occupied_bytes
+from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy, occupied_bytes
 from castore.options import GRID_BYTES
 from castore.tensors import DeviceCopies, FlatState, Payload, is_on_cuda
 
@@ -61,7 +61,7 @@ def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
             if payload is None:
                 staged.append(None)
                 continue
-            if is_on_cuda(payload):
+            if is_on_cuda(payload) and payload.raw_bytes >= SLOT_BYTES_MIN:
                 own = tuple(pinned.take(stop - start) for start, stop in grid(payload.raw_bytes))
                 taken.extend((pinned, copy) for copy in own)
                 copies.start(payload, [copy.view for copy in own])

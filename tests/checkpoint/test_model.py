@@ -101,9 +101,6 @@ class RepositoryMachine(RuleBasedStateMachine):
         self._save(0, "main", {"model": {"weight": array(0)}, "step": 0}, 0, parent=None)
 
     def teardown(self) -> None:
-        import sys
-
-        print("STAT", len(self.model.snapshots), len(self.model.branches), file=sys.stderr)
         for handle in self.handles:
             handle.close()
         shutil.rmtree(self.directory)
