@@ -85,11 +85,6 @@ class PendingSave:
         return f"<PendingSave step={self._step} {state}>"
 
 
-_unheard: set[BackgroundSaver] = set()
-"""Savers with errors that nobody has been told of: kept alive, so that the exit can tell when the handle was
-dropped."""
-
-
 class BackgroundSaver:
     """The queue and the thread of one handle. Thread-safe."""
 
@@ -173,7 +168,6 @@ class BackgroundSaver:
         with self._changed:
             unheard = [pending for pending in self._failed if not pending._raised]
             self._failed.clear()
-            _unheard.discard(self)
         if not unheard:
             return
         first, *others = unheard
@@ -207,7 +201,6 @@ class BackgroundSaver:
                 self._in_flight.remove(pending)
                 if pending._error is not None:
                     self._failed.append(pending)
-                    _unheard.add(self)
                 pending._finished.set()
                 self._changed.notify_all()
 

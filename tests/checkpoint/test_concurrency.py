@@ -133,6 +133,7 @@ def test_a_delta_base_is_not_overwritten_while_another_save_takes_differences_fr
     def drifted(step: int) -> State:
         return {"weights": weights * np.float32(1 + 1e-5 * step)}
 
+    repo.handle.base_memory_bytes = 1 << 30
     for step in range(3):
         repo.save(drifted(step), step=step)
     take = BaseMemory.get

@@ -44,7 +44,8 @@ STATES = st.fixed_dictionaries(
     optional={
         "long": st.sampled_from([0, 500, 1 << 20]).map(lambda start: _LONG[start:]),
         "text": st.text(max_size=5).map(lambda text: text * 100),
-        "list": st.lists(st.sampled_from([None, True, 1.5, "x", b"y", (), {}]), max_size=4),
+        "list": st.lists(st.sampled_from([None, True, 1.5, "x", b"y", ()]), max_size=4),
+        "empty": st.sampled_from([{}, {"deeper": {}}]),
         1: st.just("an int key"),
         "1": st.just("a str key"),
     },

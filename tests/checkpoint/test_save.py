@@ -544,6 +544,7 @@ def test_a_state_that_changes_after_it_was_encoded_spoils_no_later_difference(mo
     from castore.host_memory import BufferPool
 
     repo = create_on(MemoryBackend())
+    repo.handle.base_memory_bytes = 1 << 30
     array = np.random.default_rng(0).standard_normal(50_000).astype(np.float32)
     repo.save({"array": array})
     array *= np.float32(1.0001)

@@ -19,6 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 
 AS_NOBODY = """
 import contextlib, io, os, sys
+import contextvars, numpy, numpy.random, random, secrets  # `show` of a value needs numpy
 from castore.cli.main import cli
 
 def run(*arguments):
@@ -30,7 +31,7 @@ def run(*arguments):
 repo, *arguments = sys.argv[1:]
 # Everything that is imported late is imported now: the packages may lie where nobody may read.
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for warm in (["log"], ["log", "none"], ["verify"], ["branch", "warm"], ["branch", "-d", "warm"], ["show"]):
+    for warm in (["log"], ["log", "none"], ["verify"], ["branch", "warm"], ["branch", "-d", "warm"], ["show"], ["show", "main", "step"]):
         run("-R", repo, *warm)
 os.setgroups([])
 os.setgid(65534)
