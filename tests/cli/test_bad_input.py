@@ -31,7 +31,8 @@ def run(*arguments):
 repo, *arguments = sys.argv[1:]
 # Everything that is imported late is imported now: the packages may lie where nobody may read.
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for warm in (["log"], ["log", "none"], ["verify"], ["branch", "warm"], ["branch", "-d", "warm"], ["show"], ["show", "main", "step"]):
+    warm_up = ["log"], ["log", "none"], ["verify"], ["branch", "warm"], ["branch", "-d", "warm"], ["show"]
+    for warm in (*warm_up, ["show", "main", "step"]):
         run("-R", repo, *warm)
 os.setgroups([])
 os.setgid(65534)
