@@ -17,7 +17,7 @@ MIB = 1024 * KIB
 GRID_BYTES = 1 * MIB
 """Chunks are cut every GRID_BYTES of a leaf's logical row-major bytes; the last one is shorter.
 
-Measured on the six workloads with grids of 256 KiB to 4 MiB (bench/RESULTS.md, "chunk grid"): what is stored moves by
+Measured on two real runs with grids of 256 KiB to 4 MiB (bench/RESULTS.md, "chunk grid"): what is stored moves by
 less than 0.1 points, 256 KiB costs half as much processor time again, and more than 1 MiB only makes buffers larger."""
 
 INLINE_BYTES_MAX = 256
