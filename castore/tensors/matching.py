@@ -207,14 +207,16 @@ class _Comparison:
             return x is y or _same_content(x, y)
         if x.kind is not Kind.VIEW or y.kind is not Kind.VIEW or x.attrs["storage"] != y.attrs["storage"]:
             return False
-        if [a.attrs["stride_bytes"], b.attrs["stride_bytes"]] != [
-            x.attrs["stride_bytes"],
-            y.attrs["stride_bytes"],
-        ]:
+        if [_look(a), _look(b)] != [_look(x), _look(y)]:
             return False
         moved_a = x.attrs["offset_bytes"] - a.attrs["offset_bytes"]
         moved_b = y.attrs["offset_bytes"] - b.attrs["offset_bytes"]
         return bool(moved_a == moved_b)
+
+
+def _look(view: Entry) -> tuple[object, ...]:
+    """How a view sees its storage: strided otherwise, conjugated or negated, the same bytes are other values."""
+    return view.attrs["stride_bytes"], view.attrs.get("conj", False), view.attrs.get("neg", False)
 
 
 def _array_type(entry: Entry) -> tuple[object, ...]:

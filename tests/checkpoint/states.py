@@ -13,14 +13,17 @@ State = dict[str, Any]
 def training_state(seed: int, *, frozen_bytes: int = 40_000, moving_bytes: int = 20_000) -> State:
     """What a run holds at one step: frozen weights that every seed shares, weights that move, counters, a generator.
 
-    The moving weights are noise (stored raw), the frozen ones are not (stored encoded), and some leaves live inline.
+    The moving weights are noise (stored raw), the frozen ones are not (stored encoded), the drifting ones are nearly
+    those of any other seed (stored as differences), and some leaves live inline.
     """
     generator = np.random.default_rng(seed)
     frozen = np.random.default_rng(0).integers(0, 9, frozen_bytes // 4).astype(np.float32)
+    drifting = np.random.default_rng(1).standard_normal(1500).astype(np.float32)
     return {
         "model": {
             "frozen": frozen,
             "moving": generator.integers(0, 256, (moving_bytes // 4, 4), np.uint8),
+            "drifting": drifting * np.float32(1 + 1e-5 * seed),
             "head": generator.standard_normal((30, 20)),
         },
         "optimizer": {"state": {0: {"step": seed, "exp_avg": generator.standard_normal(500)}, 1: {"step": seed + 1}}},

@@ -18,7 +18,7 @@ import castore
 from castore.api import Repository
 from castore.backend import LocalBackend, MemoryBackend
 from castore.errors import ConflictError, RefExistsError, UnknownRefError
-from castore.host_memory import BaseMemory
+from castore.host_memory import SLOT_BYTES_MIN, BaseMemory
 from castore.ids import ChunkId
 from castore.leases import list_leases
 from tests.checkpoint.killing import Report, fork, forked, until
@@ -128,7 +128,8 @@ def test_a_delta_base_is_not_overwritten_while_another_save_takes_differences_fr
     """Another thread's save dropped the base from memory and wrote its own chunks there: the difference was taken from
     those, agreed with itself when it was proved, and what was reported durable could never be loaded.
     """
-    weights = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    # Large enough for a slot of the pool, which is used again: smaller copies have memory of their own.
+    weights = np.random.default_rng(0).standard_normal(SLOT_BYTES_MIN // 4).astype(np.float32)
 
     def drifted(step: int) -> State:
         return {"weights": weights * np.float32(1 + 1e-5 * step)}
@@ -155,7 +156,7 @@ def test_a_delta_base_is_not_overwritten_while_another_save_takes_differences_fr
 
 
 def test_saves_of_several_threads_that_drift_alike_are_right(repo: Repository) -> None:
-    weights = np.random.default_rng(0).standard_normal((3, 40_000)).astype(np.float32)
+    weights = np.random.default_rng(0).standard_normal((3, SLOT_BYTES_MIN // 4)).astype(np.float32)
 
     def state_of(run: int, step: int) -> State:
         return {"weights": [row * np.float32(1 + 1e-5 * (10 * run + step)) for row in weights]}

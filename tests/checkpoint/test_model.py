@@ -367,5 +367,7 @@ def _type(value: Any) -> Any:
     return (value.dtype, value.shape) if isinstance(value, np.ndarray) else type(value)
 
 
-RepositoryMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+RepositoryMachine.TestCase.settings = settings(
+    max_examples=(settings.default.max_examples if settings.default else 100) * 2 // 5, stateful_step_count=40
+)
 TestRepository = pytest.mark.slow(RepositoryMachine.TestCase)
