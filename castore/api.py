@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
+from castore.manifests import leaf_table
 from castore.options import Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
 from castore.repository import Handle, create, open_repository
-from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
+from castore.snapshots import Leaf, Snapshot, ancestry, list_snapshot_ids, make_snapshot, read_record
 
 if TYPE_CHECKING:
     from castore.checkpoint.background import BackgroundSaver, PendingSave

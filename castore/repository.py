@@ -1,4 +1,4 @@
-"""Create, open and close a repository: the pieces wired together, and nothing else.
+"""An open repository: the pieces wired together, and nothing else.
 
 A `Handle` owns what must be closed and what must be kept consistent between calls (the heads this handle has seen). The
 operations on it are functions in checkpoint/ and maintenance/; people use `castore.Repository` (api.py).
@@ -15,23 +15,15 @@ from pathlib import Path
 from types import EllipsisType
 
 from castore.backend.base import Backend
-from castore.backend.local import LocalBackend
-from castore.errors import (
-    FormatError,
-    NotFoundError,
-    RepositoryAccessError,
-    RepositoryExistsError,
-    RepositoryNotFoundError,
-    UsageError,
-)
-from castore.format.config import Config, decode_config, encode_config
-from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
+from castore.format.config import Config
+from castore.format.layout import CONFIG
 from castore.hashing import Hasher, hasher_for
 from castore.host_memory import BaseMemory, BufferPool, MakeSlab
 from castore.ids import SnapshotId
 from castore.index import Index, MemoryIndex, open_index
-from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
-from castore.snapshots import ManifestReader
+from castore.manifests import ManifestReader
+from castore.opening import create_at, open_at
+from castore.options import RepositoryOptions
 from castore.store import ChunkStore
 
 Clock = Callable[[], int]
@@ -144,72 +136,13 @@ class Handle:
 
 
 def create(path: str | Path, options: RepositoryOptions, *, clock: Clock = time.time_ns) -> Handle:
-    """Create a repository in a directory that is absent or empty; its parents are made.
-
-    Raises RepositoryExistsError, UsageError (options; a directory with other files in it) or RepositoryAccessError.
-    """
-    hasher_for(options.hash)
-    if options.compression not in COMPRESSIONS:
-        raise UsageError(f"unknown compression {options.compression!r}; expected one of {', '.join(COMPRESSIONS)}")
-    if not options.lease_s > 0 or not options.orphan_grace_s > 0:
-        raise UsageError(
-            f"lease_s and orphan_grace_s must be above 0 s, found {options.lease_s} and {options.orphan_grace_s}"
-        )
-    root = Path(path)
-    _check_empty(root)
-    backend = LocalBackend(root)
-    config = Config(os.urandom(16), options, clock(), {"read": frozenset(), "write": frozenset(), "gc": frozenset()})
-    if not backend.put_if_absent(CONFIG, encode_config(config)):
-        raise RepositoryExistsError(f"{root} already holds a repository; open it with castore.open({str(root)!r})")
-    return Handle(backend, config, clock=clock)
+    """Create a repository (opening.py says what it raises) and open it."""
+    return Handle(*create_at(path, options, now_ns=clock()), clock=clock)
 
 
 def open_repository(path: str | Path, *, clock: Clock = time.time_ns) -> Handle:
-    """Open an existing repository.
-
-    Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError (of the config).
-    """
-    root = Path(path)
-    backend = LocalBackend(root)
-    where = f"{root}/{CONFIG}"
-    try:
-        data = backend.read(CONFIG, max_bytes=TEXT_FILE_BYTES_MAX)
-    except NotFoundError as error:
-        raise _not_found(root) from error
-    config = decode_config(data, where=where)
-    config.check_features("read", where=where)
-    return Handle(backend, config, clock=clock)
-
-
-def _not_found(root: Path) -> Exception:
-    if root.is_file():
-        return RepositoryNotFoundError(f"{root} is a file, not a repository; give the directory that holds `config`")
-    if _looks_like_repository(root):
-        return FormatError(
-            f"{root} has packs or snapshots but no config file; restore it from a copy (`castore dump` shows the "
-            "other files)"
-        )
-    return RepositoryNotFoundError(f"no repository at {root}; create one with `castore init {root}` or castore.init()")
-
-
-def _looks_like_repository(root: Path) -> bool:
-    return any((root / name.strip("/")).is_dir() for name in (PACKS, SNAPSHOTS))
-
-
-def _check_empty(root: Path) -> None:
-    """Refuse to mix a repository with other files: gc owns everything below its root."""
-    try:
-        found = sorted(entry.name for entry in root.iterdir()) if root.exists() else []
-    except NotADirectoryError as error:
-        raise UsageError(f"{root} is a file; a repository needs a directory") from error
-    except PermissionError as error:
-        raise RepositoryAccessError(f"{root}: cannot list: {error.strerror}; check owner and permissions") from error
-    if CONFIG in found:
-        raise RepositoryExistsError(f"{root} already holds a repository; open it with castore.open({str(root)!r})")
-    own = {name.split("/")[0] for name in (CACHE, LEASES)}
-    others = [name for name in found if not name.startswith(".") and name not in own]
-    if others:
-        raise UsageError(f"{root} is not empty (it holds {others[0]!r}); give a directory of its own to the repository")
+    """Open an existing repository (opening.py says what it raises)."""
+    return Handle(*open_at(path), clock=clock)
 
 
 def _open_index(backend: Backend, config: Config, hasher: Hasher) -> Index:

@@ -1,29 +1,23 @@
-"""Snapshots: read and write their files, follow their parents, and read their leaf tables.
+"""Snapshots: read and write their files, and follow their parents.
 
-A `Snapshot` is a value. Its manifest is only read when `leaves` is asked for.
+A `Snapshot` is a value. Its manifest (manifests.py) is only read when `leaves` is asked for, so that history needs
+neither the chunk store nor a codec.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 from castore.backend.base import Backend
-from castore.errors import FormatError, NotFoundError, StorageError, UnknownRefError, UsageError
-from castore.format.identity import entry_digest
+from castore.errors import NotFoundError, StorageError, UnknownRefError, UsageError
 from castore.format.layout import SNAPSHOTS, parse_snapshot_name, snapshot_name
-from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
 from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snapshot
 from castore.hashing import Hasher
-from castore.ids import ChunkId, SnapshotId, StateId
-from castore.options import PART_CHUNKS_MAX, SNAPSHOT_BYTES_MAX
-from castore.store import ChunkStore
-
-_CACHED_PARTS_MAX = 256
+from castore.ids import SnapshotId, StateId
+from castore.options import SNAPSHOT_BYTES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,72 +137,3 @@ def ancestry(backend: Backend, start: SnapshotId) -> Iterator[tuple[SnapshotId, 
             return
         yield current, record
         current = record.parents[0] if record.parents else None
-
-
-class ManifestReader:
-    """Reads manifests through the chunk store; parts shared by snapshots are decoded once. Thread-safe."""
-
-    def __init__(self, store: ChunkStore) -> None:
-        self._store = store
-        self._lock = threading.Lock()
-        self._parts: OrderedDict[ChunkId, tuple[Entry, ...]] = OrderedDict()
-
-    def entries(self, record: SnapshotRecord) -> list[Entry]:
-        """All entries in depth-first order, id lists resolved. Raises DamageError."""
-        return [entry for part_id in record.part_ids for entry in self.part(part_id)]
-
-    def part(self, part_id: ChunkId) -> tuple[Entry, ...]:
-        """The entries of one part."""
-        with self._lock:
-            if part_id in self._parts:
-                self._parts.move_to_end(part_id)
-                return self._parts[part_id]
-        where = f"manifest part {part_id.hex()}"
-        if len(part_id) != self._store.hasher.digest_bytes:
-            raise FormatError(f"{where}: expected an id of {self._store.hasher.digest_bytes} bytes: a foreign snapshot")
-        raw = self._store.get(part_id)
-        decoded = decode_part(raw, id_bytes=len(part_id), where=where)
-        entries = tuple(self._resolved(entry, len(part_id), where) for entry in decoded)
-        with self._lock:
-            self._parts[part_id] = entries
-            if len(self._parts) > _CACHED_PARTS_MAX:
-                self._parts.popitem(last=False)
-        return entries
-
-    def _resolved(self, entry: Entry, id_bytes: int, where: str) -> Entry:
-        if entry.id_lists is None:
-            return entry
-        remaining = chunk_count(entry.raw_bytes)
-        ids = []
-        for list_id in split_ids(entry.id_lists, id_bytes):
-            count = min(remaining, PART_CHUNKS_MAX)
-            ids.append(
-                decode_id_list(bytes(self._store.get(list_id)), expected_count=count, id_bytes=id_bytes, where=where)
-            )
-            remaining -= count
-        return replace(entry, chunks=b"".join(ids))
-
-
-def split_ids(packed: bytes, id_bytes: int) -> list[ChunkId]:
-    """Concatenated ids, taken apart."""
-    return [ChunkId(packed[start : start + id_bytes]) for start in range(0, len(packed), id_bytes)]
-
-
-def leaf_table(entries: Sequence[Entry], hasher: Hasher) -> tuple[Leaf, ...]:
-    """The leaves among the entries, hidden storages left out."""
-    return tuple(_leaf(entry, hasher) for entry in entries if not entry.is_container and entry.kind is not Kind.STORAGE)
-
-
-def _leaf(entry: Entry, hasher: Hasher) -> Leaf:
-    digest = "" if entry.kind is Kind.ALIAS else entry_digest(hasher, entry).hex()
-    count = len(entry.chunks or b"") // hasher.digest_bytes
-    return Leaf(entry.path, entry.kind.name.lower(), entry.dtype, entry.shape, entry.raw_bytes, count, digest)
-
-
-def check_paths(entries: Sequence[Entry], *, where: str) -> None:
-    """A manifest names every path once. Raises FormatError."""
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.path in seen:
-            raise FormatError(f"{where}: path {entry.path!r} appears twice")
-        seen.add(entry.path)

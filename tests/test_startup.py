@@ -62,7 +62,9 @@ def test_importing_castore_imports_no_heavy_module() -> None:
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["log"]], ids=" ".join)
 def test_a_command_that_answers_at_once_imports_little(repo_path: Path, arguments: list[str]) -> None:
-    code = RUN_AND_TELL_MODULES.replace('"torch",', '"torch", "numpy", "rich", "lmdb", "asyncio", "multiprocessing",')
+    code = RUN_AND_TELL_MODULES.replace(
+        '"torch",', '"torch", "numpy", "rich", "lmdb", "zstandard", "lz4", "asyncio", "multiprocessing",'
+    )
     result = run_python("-c", code, *arguments, repo=repo_path)
     assert result.stderr.splitlines()[-1] == "0 []", result.stderr
 

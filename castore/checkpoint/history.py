@@ -16,6 +16,7 @@ from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
+from castore.manifests import split_ids
 from castore.refs import (
     Ref,
     check_free,
@@ -29,7 +30,7 @@ from castore.refs import (
     resolve,
 )
 from castore.repository import Handle
-from castore.snapshots import Snapshot, list_snapshot_ids, read_record, split_ids
+from castore.snapshots import Snapshot, list_snapshot_ids, read_record
 from castore.store import list_packs
 
 _COPIED = Elements(4, is_float=True)

@@ -25,9 +25,10 @@ from castore.errors import (
 )
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.ids import ChunkId, SnapshotId
+from castore.manifests import check_paths
 from castore.options import GRID_BYTES
 from castore.repository import Handle
-from castore.snapshots import check_paths, read_record
+from castore.snapshots import read_record
 from castore.store import Locations
 from castore.tensors import (
     ARRAY_KINDS,

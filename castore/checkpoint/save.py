@@ -31,9 +31,10 @@ from castore.format.snapshot import SnapshotRecord
 from castore.hashing import Hasher
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
+from castore.manifests import leaf_table
 from castore.refs import check_free, check_tag_free, create_tag, move_branch, read_branch, resolve
 from castore.repository import Handle
-from castore.snapshots import Snapshot, leaf_table, make_snapshot, read_record, write_record
+from castore.snapshots import Snapshot, make_snapshot, read_record, write_record
 from castore.tensors import FlatState, flatten
 
 Progress = Callable[[int, int], None]

@@ -19,6 +19,7 @@ import click
 
 if TYPE_CHECKING:
     from castore.api import Repository
+    from castore.backend.base import Backend
     from castore.cli.render import Table
     from castore.snapshots import Snapshot
 
@@ -54,6 +55,12 @@ class App:
         from castore.api import open_
 
         return open_(self.repository_path())
+
+    def backend(self) -> Backend:
+        """The files of the repository, for commands that read refs and snapshots and no chunk: it starts sooner."""
+        from castore.opening import open_at
+
+        return open_at(self.repository_path())[0]
 
     def line(self, text: str = "") -> None:
         """One line of the result."""

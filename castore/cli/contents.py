@@ -75,7 +75,7 @@ def show_command(app: App, ref: str, path: str | None) -> None:
 def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: str | None) -> None:
     leaves = choose_leaves(snapshot, path)
     if app.as_json:
-        refs = read_refs(repository)
+        refs = read_refs(repository.handle.backend)
         app.document(
             snapshot_fields(snapshot)
             | {"refs": refs.names_of(snapshot.id), "leaves": [asdict(leaf) for leaf in leaves]}
@@ -113,7 +113,7 @@ def choose_leaves(snapshot: Snapshot, path: str | None) -> list[Leaf]:
 
 
 def _show_facts(app: App, repository: Repository, snapshot: Snapshot) -> None:
-    names = read_refs(repository).names_of(snapshot.id)
+    names = read_refs(repository.handle.backend).names_of(snapshot.id)
     facts = {
         "snapshot": snapshot.id,
         "state": snapshot.state_id,

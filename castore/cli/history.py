@@ -24,7 +24,7 @@ from castore.refs import Ref, read_branch, read_tag, resolve
 from castore.snapshots import Snapshot, list_snapshot_ids, make_snapshot, read_record
 
 if TYPE_CHECKING:
-    from castore.api import Repository
+    from castore.backend.base import Backend
 
 RefKind = Literal["branch", "tag"]
 _NOWHERE: dict[str, list[str]] = {"branches": [], "tags": []}
@@ -48,10 +48,9 @@ class Refs:
         return here["branches"] + [f"tag: {name}" for name in here["tags"]]
 
 
-def read_refs(repository: Repository) -> Refs:
+def read_refs(backend: Backend) -> Refs:
     """All branches and tags, by name; damage is noted and not raised."""
     refs = Refs()
-    backend = repository.handle.backend
     kinds = (("branches", BRANCHES, refs.branches, read_branch), ("tags", TAGS, refs.tags, read_tag))
     for kind, prefix, found, read in kinds:
         for info in backend.list(prefix):
@@ -106,20 +105,20 @@ def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limi
     """
     if ref is not None and (everything or orphans):
         raise UsageError("give either REF, or --all and --orphans, which look at every ref")
-    with app.open() as repository:
-        refs = read_refs(repository)
-        if everything or orphans:
-            reached, unreached = _everything(repository, refs)
-            chosen = (reached if everything else {}) | (unreached if orphans else {})
-            entries = iter(_ordered(chosen))
-        else:
-            entries = _line_of(repository, resolve(repository.handle.backend, "main" if ref is None else ref))
-        if app.as_json:
-            return _log_json(app, entries, refs, limit)
-        for name, problem in refs.damaged.items():
-            app.note(f"damaged ref {name}: {clean(problem)}")
-        damaged = _log_text(app, entries, refs, limit, graph=everything or orphans)
-        return Exit.DAMAGE if damaged or refs.damaged else None
+    backend = app.backend()
+    refs = read_refs(backend)
+    if everything or orphans:
+        reached, unreached = _everything(backend, refs)
+        chosen = (reached if everything else {}) | (unreached if orphans else {})
+        entries = iter(_ordered(chosen))
+    else:
+        entries = _line_of(backend, resolve(backend, "main" if ref is None else ref))
+    if app.as_json:
+        return _log_json(app, entries, refs, limit)
+    for name, problem in refs.damaged.items():
+        app.note(f"damaged ref {name}: {clean(problem)}")
+    damaged = _log_text(app, entries, refs, limit, graph=everything or orphans)
+    return Exit.DAMAGE if damaged or refs.damaged else None
 
 
 def _log_json(app: App, entries: Iterator[LogEntry], refs: Refs, limit: int | None) -> int | None:
@@ -186,26 +185,26 @@ def _log_line(app: App, entry: LogEntry, refs: Refs, now_s: float) -> str:
     return "  ".join(piece for piece in pieces if piece)
 
 
-def _line_of(repository: Repository, start: SnapshotId) -> Iterator[LogEntry]:
+def _line_of(backend: Backend, start: SnapshotId) -> Iterator[LogEntry]:
     """A snapshot and its first parents, read as they are asked for."""
     current: SnapshotId | None = start
     while current is not None:
-        entry = _read(repository, current)
+        entry = _read(backend, current)
         yield entry
         current = entry.parents[0] if entry.parents else None
 
 
-def _everything(repository: Repository, refs: Refs) -> tuple[dict[str, LogEntry], dict[str, LogEntry]]:
+def _everything(backend: Backend, refs: Refs) -> tuple[dict[str, LogEntry], dict[str, LogEntry]]:
     """What the refs reach, and the rest; parents that are gone go with the first."""
     reached: dict[str, LogEntry] = {}
     pending = [ref.snapshot_id for ref in (*refs.branches, *refs.tags)]
     while pending:
         snapshot_id = pending.pop()
         if snapshot_id not in reached:
-            reached[snapshot_id] = _read(repository, snapshot_id)
+            reached[snapshot_id] = _read(backend, snapshot_id)
             pending.extend(reached[snapshot_id].parents)
-    others = [found for found in list_snapshot_ids(repository.handle.backend) if found not in reached]
-    return reached, {found: _read(repository, found) for found in others}
+    others = [found for found in list_snapshot_ids(backend) if found not in reached]
+    return reached, {found: _read(backend, found) for found in others}
 
 
 def _ordered(entries: dict[str, LogEntry]) -> list[LogEntry]:
@@ -218,10 +217,10 @@ def _node(entry: LogEntry) -> Node:
     return Node(entry.id, entry.parents, time_ns)
 
 
-def _read(repository: Repository, snapshot_id: SnapshotId) -> LogEntry:
+def _read(backend: Backend, snapshot_id: SnapshotId) -> LogEntry:
     try:
         # Not repository.snapshot(id): an id that is looked up as a ref lists all snapshots.
-        record = read_record(repository.handle.backend, snapshot_id)
+        record = read_record(backend, snapshot_id)
         return LogEntry(snapshot_id, make_snapshot(snapshot_id, record, lambda _: ()))
     except UnknownRefError:
         return LogEntry(snapshot_id, None)
@@ -253,9 +252,9 @@ def branch_command(app: App, name: str | None, ref: str | None, delete: bool, mo
         raise UsageError("--delete takes the NAME of a branch and nothing else")
     if move and ref is None:
         raise UsageError("--move takes the NAME of a branch and the REF it shall be at")
+    if name is None:
+        return _list_refs(app, "branch")
     with app.open() as repository:
-        if name is None:
-            return _list_refs(app, repository, "branch")
         if delete:
             repository.delete_branch(name)
             _deleted(app, "branch", name)
@@ -282,9 +281,9 @@ def tag_command(app: App, name: str | None, ref: str | None, delete: bool) -> in
         raise UsageError("give the NAME of the tag")
     if delete and ref:
         raise UsageError("--delete takes the NAME of a tag and nothing else")
+    if name is None:
+        return _list_refs(app, "tag")
     with app.open() as repository:
-        if name is None:
-            return _list_refs(app, repository, "tag")
         if delete:
             repository.delete_tag(name)
             _deleted(app, "tag", name)
@@ -307,12 +306,13 @@ def _deleted(app: App, kind: RefKind, name: str) -> None:
         app.line(f"{kind} {clean(name)} deleted")
 
 
-def _list_refs(app: App, repository: Repository, kind: RefKind) -> int | None:
-    refs = read_refs(repository)
+def _list_refs(app: App, kind: RefKind) -> int | None:
+    backend = app.backend()
+    refs = read_refs(backend)
     found = refs.branches if kind == "branch" else refs.tags
     prefix = BRANCHES if kind == "branch" else TAGS
     damaged = {name: problem for name, problem in refs.damaged.items() if name.startswith(prefix)}
-    entries = [(ref, _read(repository, ref.snapshot_id)) for ref in found]
+    entries = [(ref, _read(backend, ref.snapshot_id)) for ref in found]
     if app.as_json:
         rows = [_ref_fields(ref, entry) for ref, entry in entries]
         app.document({_PLURALS[kind]: rows, "damaged_refs": damaged})

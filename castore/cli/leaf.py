@@ -15,7 +15,8 @@ from castore.codec.registry import chain_name
 from castore.errors import CastoreError, PathNotFoundError
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.ids import ChunkId, SnapshotId
-from castore.snapshots import leaf_table, read_record
+from castore.manifests import leaf_table
+from castore.snapshots import read_record
 
 if TYPE_CHECKING:
     import numpy as np

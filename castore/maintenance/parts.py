@@ -10,9 +10,9 @@ from castore.errors import CastoreError
 from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.chunks import ChunkReader
+from castore.manifests import split_ids
 from castore.options import PART_CHUNKS_MAX
 from castore.repository import Handle
-from castore.snapshots import split_ids
 
 _CACHED_PARTS_MAX = 256
 """Snapshots are visited newest first, so those that share parts follow each other."""

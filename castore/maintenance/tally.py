@@ -13,7 +13,7 @@ from castore.codec.registry import chain_name
 from castore.format.pack import Row
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.parts import Part, PartReader
-from castore.snapshots import split_ids
+from castore.manifests import split_ids
 
 MANIFEST = "~manifest"
 """The group of parts and id lists. No path of a leaf begins like this."""

@@ -38,10 +38,11 @@ from castore.maintenance.manifest_check import check_manifest
 from castore.maintenance.pack_check import check_packs
 from castore.maintenance.parts import PartReader
 from castore.maintenance.report import Findings, Problem, VerifyReport, some
+from castore.manifests import split_ids
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, read_branch, read_tag
 from castore.repository import Handle
-from castore.snapshots import read_record, split_ids
+from castore.snapshots import read_record
 from castore.store import list_packs
 
 __all__ = ["Problem", "VerifyReport", "verify"]
