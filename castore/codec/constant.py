@@ -20,10 +20,12 @@ class Constant:
     def encode(self, raw: Buffer, elements: Elements) -> bytes | None:
         """The shortest unit that repeats through all of `raw`, or None."""
         data = memoryview(raw)
+        if len(data) % _UNIT_BYTES[-1] == 0 and data[: _UNIT_BYTES[-1]] != data[-_UNIT_BYTES[-1] :]:
+            return None  # whatever the unit: its length divides that of both ends. This rules nearly every chunk out
         for unit_bytes in _UNIT_BYTES:
             if len(data) < 2 * unit_bytes or len(data) % unit_bytes:
                 return None
-            # Probes rule nearly every chunk out before the whole is looked at.
+            # Probes before the whole is looked at.
             if _probes_repeat(data, unit_bytes) and _equals_itself_shifted(data, unit_bytes):
                 return bytes(data[:unit_bytes])
         return None
