@@ -55,12 +55,16 @@ ENCODE_AHEAD_CHUNKS = 16
 DELTA_DEPTH_MAX = 2
 """Bases that may have to be read before a chunk decodes. Each level costs a load one more chunk. 2: the first save
 after an anchor becomes the reference of all later ones, which are nearer to it than to the anchor."""
+REFERENCE_MOVES_EVERY = 8
+"""Saves after which a reference is replaced, on average."""
 BASE_BUDGET_SHARE = 0.25
 """Of the available memory, what copies of delta bases may occupy. A state that is a modest part of the memory fits; for
 a larger one the rest of the bases is read from the repository."""
 
 ASYNC_IN_FLIGHT_MAX = 2
 """Saves that may wait or be written at a time: one being written, one staged."""
+ASYNC_NICENESS = 10
+"""How far the threads that write an asynchronous save stand back behind those that train."""
 STAGED_BUDGET_SHARE = 0.5
 """Of the available memory, what staged states may occupy."""
 

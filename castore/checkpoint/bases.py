@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from castore.format.manifest import Entry, chunk_bytes
 from castore.ids import ChunkId, PackId
-from castore.options import DELTA_DEPTH_MAX
+from castore.options import DELTA_DEPTH_MAX, REFERENCE_MOVES_EVERY
 from castore.store import ChunkStore, Locations
 
 _DEPTH_BOUND = 256
@@ -65,18 +65,30 @@ def plan_bases(
     usable = closure(set(wanted.values()), store, condemned)
     plan: dict[ChunkId, Base] = {}
     for chunk_id, candidate in wanted.items():
-        rests_on = usable.get(candidate)
-        while rests_on and rests_on[0].row.depth >= DELTA_DEPTH_MAX:
-            rests_on = rests_on[1:]
+        rests_on = base_for(usable.get(candidate, ()))
         if rests_on and rests_on[0].row.chunk_id != chunk_id:
             plan[chunk_id] = Base(rests_on[0].row.chunk_id, rests_on)
     return plan
 
 
+def base_for(rests_on: Locations) -> Locations:
+    """Where the next chunk at a place may rest, given what the present one rests on (its own location first)."""
+    chunk = rests_on
+    while rests_on and rests_on[0].row.depth >= DELTA_DEPTH_MAX:
+        rests_on = rests_on[1:]
+    if len(rests_on) > 1 and rests_on is not chunk and _moves_reference(chunk[0].row.chunk_id):
+        return rests_on[1:]
+    return rests_on
+
+
+def _moves_reference(chunk_id: ChunkId) -> bool:
+    """True for one chunk id in REFERENCE_MOVES_EVERY, the same ones for everybody."""
+    return int.from_bytes(chunk_id[:4], "little") % REFERENCE_MOVES_EVERY == 0
+
+
 def reference_of(rests_on: Locations) -> ChunkId:
     """The chunk that the next save will take a difference from, for a chunk that rests on these locations."""
-    row = rests_on[0].row
-    return row.chunk_id if row.depth < DELTA_DEPTH_MAX or row.base_id is None else row.base_id
+    return base_for(rests_on)[0].row.chunk_id
 
 
 def closure(ids: Iterable[ChunkId], store: ChunkStore, condemned: frozenset[PackId]) -> dict[ChunkId, Locations]:

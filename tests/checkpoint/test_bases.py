@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
+from castore.checkpoint import bases
 from castore.checkpoint.bases import Base, candidates, closure, plan_bases, reference_of
 from castore.format.manifest import Entry, Kind
 from castore.format.pack import RecordKind, Row
@@ -164,6 +165,35 @@ def test_what_the_next_save_rests_on_is_what_memory_keeps() -> None:
         assert plan({"new": candidate}, *chain)[named("new")].chunk_id == reference_of(rests_on)
 
 
+# ---- references move ---------------------------------------------------------------------------------------------
+
+
+def test_one_chunk_in_so_many_moves_its_reference_to_the_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = [location("a"), location("b", base="a"), location("c", base="b", depth=2)]
+    number = int.from_bytes(named("c")[:4], "little")
+    for every, expected in ((number, "a"), (number + 1, "b"), (2**32, "b")):
+        monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", every)
+        planned = plan({"new": "c"}, *chain)[named("new")]
+        assert (planned.chunk_id, planned.depth) == (named(expected), "ab".index(expected))
+
+
+def test_a_reference_that_was_just_made_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", 1)
+    assert plan({"new": "b"}, location("a"), location("b", base="a"))[named("new")].chunk_id == named("b")
+    assert plan({"new": "a"}, location("a"))[named("new")].chunk_id == named("a")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_history_whose_references_move_is_read_back(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", every)
+    repo = create_on(MemoryBackend())
+    snapshots = [repo.save(drifted(step), step=step) for step in range(8)]
+    depths = {hit.row.depth for hits in repo.handle.store.find(list(kept(repo))) for hit in hits}
+    assert depths <= {0, 1}
+    for step, snapshot in enumerate(snapshots):
+        assert repo.load(snapshot.id)["w"].tobytes() == drifted(step)["w"].tobytes()
+
+
 # ---- no cycle ----------------------------------------------------------------------------------------------------
 
 NAMES = "abcde"
@@ -218,7 +248,8 @@ def kept(repo: Repository) -> set[ChunkId]:
     return set(repo.handle.bases._copies)
 
 
-def test_the_first_save_keeps_nothing_and_later_ones_what_the_next_rests_on() -> None:
+def test_the_first_save_keeps_nothing_and_later_ones_what_the_next_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", 2**32)
     repo = create_on(MemoryBackend())
     repo.handle.base_memory_bytes = 10 * GRID_BYTES
     repo.save(drifted(0))

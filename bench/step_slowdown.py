@@ -1,0 +1,126 @@
+"""What a save costs the training beside it: a real fine-tuning loop on the machine's cores, saved in several ways.
+
+    python -m bench.step_slowdown [--steps 60] [--every 10] [--write-results]
+
+The loop (full fine-tune of all-MiniLM-L6-v2, 271 MB of state) runs once without saves and once for each way of saving;
+the ways are alternated, so that other work on the machine falls on all of them. A step is slowed down when a save is
+being written beside it; the stall is what the call itself takes. Saving more often than writing takes is not measured:
+that is back-pressure, not slow-down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import castore
+from bench.chunk_grid import write_section
+from bench.train import loop, minilm
+
+BEGIN, END = "<!-- step slow-down -->", "<!-- end of step slow-down -->"
+Save = Callable[[int, loop.State], Any]
+
+
+class Measured:
+    """Times of one way of saving."""
+
+    def __init__(self) -> None:
+        self.stalls: list[float] = []
+        self.steps_beside: list[float] = []
+        """Steps while a save was being written."""
+        self.steps_alone: list[float] = []
+        self.total_s: list[float] = []
+
+
+def train(steps: int, every: int, save: Save | None, found: Measured) -> None:
+    """Run the loop once and note the time of each step and each call."""
+    run = minilm.full()
+    pending: Any = None
+    begins = [time.perf_counter()]
+    warm_up = every  # the first steps touch fresh memory
+
+    def on_step(step: int, state: loop.State) -> None:
+        nonlocal pending
+        beside = pending is not None and not pending.done()
+        if step > warm_up:
+            (found.steps_beside if beside else found.steps_alone).append(time.perf_counter() - begins[-1])
+        if save is not None and step % every == 0:
+            begin = time.perf_counter()
+            pending = save(step, state)
+            found.stalls.append(time.perf_counter() - begin)
+        begins.append(time.perf_counter())
+
+    begin = time.perf_counter()
+    loop.train(run, until=range(1, steps + 1), save=on_step)
+    found.total_s.append(time.perf_counter() - begin)
+
+
+def torch_save(place: Path) -> Save:
+    """A durable torch.save, in the loop."""
+
+    def save(step: int, state: loop.State) -> None:
+        buffer = io.FileIO(place / f"{step}.pt", "w")
+        with buffer:
+            torch.save(state, buffer)
+            os.fsync(buffer.fileno())
+
+    return save
+
+
+def main() -> None:
+    """Run every way of saving in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write-results", action="store_true")
+    arguments = parser.parse_args()
+    names = ("no saves", "torch.save + fsync", "castore save", "castore save_async")
+    found = {name: Measured() for name in names}
+    for _ in range(arguments.rounds):
+        for name in names:
+            with tempfile.TemporaryDirectory() as place:
+                repo = castore.init(f"{place}/store")
+                ways: dict[str, Save | None] = {
+                    "no saves": None,
+                    "torch.save + fsync": torch_save(Path(place)),
+                    "castore save": lambda step, state, repo=repo: repo.save(state, step=step) and None,
+                    "castore save_async": lambda step, state, repo=repo: repo.save_async(state, step=step),
+                }
+                train(arguments.steps, arguments.every, ways[name], found[name])
+                repo.close()
+    table = report(found)
+    print(table)
+    if arguments.write_results:
+        write_section(BEGIN, END, table)
+
+
+def report(found: dict[str, Measured]) -> str:
+    """The table; times in milliseconds."""
+    alone = statistics.median(found["no saves"].steps_alone)
+    lines = [
+        "| way | stall of a call, ms | step beside a save, ms | slow-down of those steps | whole loop, s |",
+        "|---|---|---|---|---|",
+        f"| no saves | - | {1000 * alone:.0f} (alone) | - | {statistics.median(found['no saves'].total_s):.1f} |",
+    ]
+    for name, measured in found.items():
+        if name == "no saves":
+            continue
+        stall = 1000 * statistics.median(measured.stalls)
+        beside = statistics.median(measured.steps_beside) if measured.steps_beside else None
+        shown = (f"{1000 * beside:.0f}", f"{beside / alone - 1:+.0%}") if beside is not None else ("-", "-")
+        lines.append(f"| {name} | {stall:.0f} | {shown[0]} | {shown[1]} | {statistics.median(measured.total_s):.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
