@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from castore.backend.base import Backend
 from castore.codec.base import Elements
-from castore.codec.chooser import Encoded, encode_chunk
+from castore.codec.chooser import Encoded, encode_as_rounding, encode_chunk
 from castore.errors import CastoreError, CodecError
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, RecordKind
@@ -24,6 +26,9 @@ from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId, PackId, new_pack_id
 from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, PACK_BYTES_MAX, Compression
 from castore.pack.writer import PackWriter, SealedPack
+
+if TYPE_CHECKING:
+    from castore.codec.rounding import Rule
 
 ReadRaw = Callable[[], Buffer]
 
@@ -45,12 +50,32 @@ class BaseSource:
 
 
 @dataclass(frozen=True, slots=True)
+class MasterSource:
+    """float32 chunks that a chunk of 16-bit floats may be the rounding of."""
+
+    rule: Rule
+    chunk_ids: tuple[ChunkId, ...]
+    depth: int
+    """Of the deepest of their records."""
+    read: Callable[[], Sequence[Buffer]]
+    """Their raw bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """An encoded chunk and what its record rests on."""
+
+    encoded: Encoded
+    base_ids: tuple[ChunkId, ...] = ()
+    depth: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class _Pending:
     chunk_id: ChunkId
     kind: RecordKind
     raw_bytes: int
-    base: BaseSource | None
-    encoded: Future[Encoded]
+    coded: Future[_Coded]
 
 
 class ChunkWriter:
@@ -77,6 +102,7 @@ class ChunkWriter:
         self._pending: deque[_Pending] = deque()
         self._pack: PackWriter | None = None
         self._sealed: list[SealedPack] = []
+        self._depths: dict[ChunkId, int] = {}
 
     def put(
         self,
@@ -87,25 +113,27 @@ class ChunkWriter:
         elements: Elements,
         kind: RecordKind,
         base: BaseSource | None = None,
+        masters: Sequence[MasterSource] = (),
     ) -> None:
-        """Schedule one chunk; `read` is called from another thread. Blocks while the queue is full."""
+        """Schedule one chunk; `read` is called from another thread. Blocks while the queue is full.
+
+        Where it is the rounding of one of `masters`, it is stored as that; else as what is shortest.
+        """
         while len(self._pending) >= ENCODE_AHEAD_CHUNKS:
             self._append_next()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-encode")
-        future = self._submit(chunk_id, read, elements, kind, base)
-        self._pending.append(_Pending(chunk_id, kind, raw_bytes, base, future))
+        future = self._submit(partial(self._encode, chunk_id, read, elements, kind, base=base, masters=masters))
+        self._pending.append(_Pending(chunk_id, kind, raw_bytes, future))
 
-    def _submit(
-        self, chunk_id: ChunkId, read: ReadRaw, elements: Elements, kind: RecordKind, base: BaseSource | None
-    ) -> Future[Encoded]:
+    def _submit(self, encode: Callable[[], _Coded]) -> Future[_Coded]:
         """Encode in a thread; in this one when the interpreter is shutting down and starts no more threads."""
         assert self._pool is not None
         try:
-            return self._pool.submit(self._encode, chunk_id, read, elements, kind, base)
+            return self._pool.submit(encode)
         except RuntimeError:
-            done: Future[Encoded] = Future()
-            done.set_result(self._encode(chunk_id, read, elements, kind, base))
+            done: Future[_Coded] = Future()
+            done.set_result(encode())
             return done
 
     def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind, elements: Elements) -> None:
@@ -130,26 +158,45 @@ class ChunkWriter:
     def abort(self) -> None:
         """Drop everything that is not sealed. Harmless after finish."""
         for pending in self._pending:
-            pending.encoded.cancel()
+            pending.coded.cancel()
         self._pending.clear()
         self._stop_pool()
         if self._pack is not None:
             self._pack.abort()
             self._pack = None
 
+    def depths(self) -> dict[ChunkId, int]:
+        """The depth of every record so far. Waits for those that are still being encoded."""
+        self._append_all()
+        return self._depths
+
     def _encode(
-        self, chunk_id: ChunkId, read: ReadRaw, elements: Elements, kind: RecordKind, base: BaseSource | None
-    ) -> Encoded:
+        self,
+        chunk_id: ChunkId,
+        read: ReadRaw,
+        elements: Elements,
+        kind: RecordKind,
+        *,
+        base: BaseSource | None,
+        masters: Sequence[MasterSource],
+    ) -> _Coded:
         raw = read()
+        for master in masters:
+            parts = tuple(zip(master.chunk_ids, master.read(), strict=True))
+            rounded = encode_as_rounding(raw, elements, master.rule, parts, chunk_id=chunk_id, hasher=self._hasher)
+            if rounded is not None:
+                return _Coded(rounded, master.chunk_ids, master.depth + 1)
         other: Buffer | None = None
         if base is not None:
             with suppress(CastoreError):
                 other = base.read()
         encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
-        depth = base.depth + 1 if base is not None and encoded.rests_on_base else 0
-        if self._keep_base is not None and depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
+        coded = _Coded(encoded)
+        if base is not None and encoded.rests_on_base:
+            coded = _Coded(encoded, (base.chunk_id,), base.depth + 1)
+        if self._keep_base is not None and coded.depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
             self._keep_base(chunk_id, raw)
-        return encoded
+        return coded
 
     def _append_all(self) -> None:
         while self._pending:
@@ -157,19 +204,19 @@ class ChunkWriter:
 
     def _append_next(self) -> None:
         pending = self._pending.popleft()
-        encoded = pending.encoded.result()
-        base = pending.base if encoded.rests_on_base else None
+        coded = pending.coded.result()
         self._open_pack().append(
             pending.chunk_id,
-            encoded.payload,
+            coded.encoded.payload,
             kind=pending.kind,
             raw_bytes=pending.raw_bytes,
-            chain=encoded.chain,
-            base_id=base.chunk_id if base is not None else None,
-            depth=base.depth + 1 if base is not None else 0,
+            chain=coded.encoded.chain,
+            base_ids=coded.base_ids,
+            depth=coded.depth,
         )
-        if not encoded.chain:
-            self._prove_raw(pending.chunk_id, encoded.payload)
+        self._depths[pending.chunk_id] = coded.depth
+        if not coded.encoded.chain:
+            self._prove_raw(pending.chunk_id, coded.encoded.payload)
         self._rotate()
 
     def _prove_raw(self, chunk_id: ChunkId, raw: Buffer) -> None:

@@ -35,7 +35,7 @@ from castore.format.pack import (
     PackHeader,
     Row,
     decode_trailer,
-    row_bytes,
+    table_bytes,
 )
 from castore.format.snapshot import SNAPSHOT_MAGIC, SnapshotRecord, decode_snapshot
 from castore.format.textfile import decode_text_file
@@ -180,7 +180,7 @@ def _trailer_and_table(
         "state": "ok",
         "pack": trailer.pack_id,
         "table_offset": trailer.table_offset,
-        "table_bytes": trailer.row_count * row_bytes(id_bytes),
+        "table_bytes": table_bytes(trailer, id_bytes=id_bytes),
         "row_count": trailer.row_count,
         "table_checksum": f"{trailer.table_checksum:016x}",
         "table": "ok",
@@ -232,8 +232,8 @@ def _row_fields(row: Row) -> dict[str, Any]:
         "checksum": f"{row.checksum:016x}",
         "in_run": row.in_run,
     }
-    if row.base_id is not None:
-        fields |= {"base": row.base_id.hex(), "depth": row.depth}
+    if row.base_ids:
+        fields |= {"bases": " ".join(base_id.hex() for base_id in row.base_ids), "depth": row.depth}
     return fields
 
 

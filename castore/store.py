@@ -17,12 +17,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from castore.backend.base import Backend, RangeReader
-from castore.codec.registry import decode_chain
+from castore.codec.registry import DERIVED, base_lengths, chain_name, decode_chain
 from castore.errors import (
     CastoreError,
     ChecksumError,
     ChunkMissingError,
     DamageError,
+    FormatError,
     NotFoundError,
     RepositoryAccessError,
     StorageError,
@@ -230,8 +231,8 @@ class ChunkStore:
         self._decode(row, reader, out, where=where, verify=verify, verify_base=False)
         if not verify or self.hasher.digest(out) == row.chunk_id:
             return
-        if row.base_id is not None:
-            # A place of the base may hold other bytes than its id says: take one that does not, or hear which is bad.
+        if row.base_ids:
+            # A place of a base may hold other bytes than its id says: take one that does not, or hear which is bad.
             self._decode(row, reader, out, where=where, verify=verify, verify_base=True)
         found = self.hasher.digest(out)
         if found != row.chunk_id:
@@ -249,7 +250,7 @@ class ChunkStore:
             if not verify:
                 check_stored(row, out, where=where)
             return
-        base = self.read_base(row, where=where, verify=verify_base) if row.base_id is not None else None
+        base = self.read_base(row, where=where, verify=verify_base) if row.base_ids else None
         stored = _memory(_STORED, row.stored_bytes)
         reader.read_into(row.offset, stored)
         check_stored(row, stored, where=where)
@@ -259,20 +260,29 @@ class ChunkStore:
             raise type(error)(f"{where}: {error}") from error
 
     def read_base(self, row: Row, *, where: str, verify: bool = False) -> memoryview:
-        """The raw bytes of a record's base, in memory of this thread, until the next record of that depth is read.
+        """The raw bytes of a record's bases, one after the other, in memory of this thread, until the next record of
+        that depth is read.
 
-        Only locations less deep than the record count, so that reading ends whatever the packs say. The base's own id
-        is not recomputed by default: the id of what rests on it vouches for both.
+        Only locations less deep than the record count, so that reading ends whatever the packs say. The bases' ids
+        are not recomputed by default: the id of what rests on them vouches for all.
         """
-        base_id = row.base_id
-        assert base_id is not None
-        out = _memory(row.depth, row.raw_bytes)
-        locations = self.locate([base_id])[base_id]
-        shallower = tuple(hit for hit in locations if hit.row.depth < row.depth)
-        try:
-            self._read_any(base_id, shallower, out, verify=verify)
-        except DamageError as error:
-            raise type(error)(f"{where}: its delta base cannot be read: {error}") from error
+        lengths = base_lengths(row.chain, row.raw_bytes)
+        if len(lengths) != len(row.base_ids):
+            name = chain_name(row.chain)
+            raise FormatError(
+                f"{where}: {name} of {row.raw_bytes} bytes needs {len(lengths)} bases, found {row.base_ids}"
+            )
+        out = _memory(row.depth, sum(lengths))
+        start = 0
+        for base_id, length in zip(row.base_ids, lengths, strict=True):
+            locations = self.locate([base_id])[base_id]
+            shallower = tuple(hit for hit in locations if hit.row.depth < row.depth)
+            try:
+                self._read_any(base_id, shallower, out[start : start + length], verify=verify)
+            except DamageError as error:
+                role = "master" if row.chain == (DERIVED,) else "delta base"
+                raise type(error)(f"{where}: its {role} {base_id.hex()} cannot be read: {error}") from error
+            start += length
         return out
 
     def check(self, location: Location) -> None:
@@ -321,7 +331,7 @@ def pack_sizes(backend: Backend) -> dict[PackId, int]:
 
 
 _STORED = 0
-"""Key of the memory for stored bytes; that for a base has the depth, at least 1, of the record that rests on it."""
+"""Key of the memory for stored bytes; that for bases has the depth, at least 1, of the record that rests on them."""
 
 
 class _ThreadMemory(threading.local):

@@ -179,7 +179,7 @@ def test_a_chunk_may_rest_on_a_base_and_its_record_says_so() -> None:
     put_on(writer, third, source(second, depth=1))
     rows = writer.finish()[0].rows
     assert [row.depth for row in rows] == [0, 1, 2]
-    assert [row.base_id for row in rows] == [None, HASHER.chunk_id(first), HASHER.chunk_id(second)]
+    assert [row.base_ids for row in rows] == [(), (HASHER.chunk_id(first),), (HASHER.chunk_id(second),)]
     assert [row.chain for row in rows] == [(3,), (16,), (16,)]
     assert rows[1].stored_bytes < rows[0].stored_bytes / 2
     store = ChunkStore(backend, MemoryIndex(), HASHER)
@@ -190,7 +190,7 @@ def test_a_base_that_does_not_help_is_not_named() -> None:
     writer = new_writer(MemoryBackend())
     put_on(writer, floats(1), source(floats(2)))
     (row,) = writer.finish()[0].rows
-    assert (row.chain, row.depth, row.base_id) == ((3,), 0, None)
+    assert (row.chain, row.depth, row.base_ids) == ((3,), 0, ())
 
 
 def test_a_damaged_base_is_done_without() -> None:
@@ -202,7 +202,7 @@ def test_a_damaged_base_is_done_without() -> None:
     first = floats(1)
     put_on(writer, stepped(first), BaseSource(HASHER.chunk_id(first), 0, read))
     (row,) = writer.finish()[0].rows
-    assert row.base_id is None
+    assert row.base_ids == ()
 
 
 def test_chunks_that_others_may_rest_on_are_handed_on() -> None:

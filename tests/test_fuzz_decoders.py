@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from castore.backend import MemoryBackend
 from castore.codec.base import Elements
 from castore.codec.delta import Choice, encode_delta
-from castore.codec.registry import DELTA, NAMES, codec_numbered, decode_chain
-from castore.codec.transform import BASE_MODES, Mode
+from castore.codec.registry import DELTA, DERIVED, NAMES, base_lengths, codec_numbered, decode_chain
+from castore.codec.rounding import Rule
+from castore.codec.transform import BASE_MODES, Mode, kernel
 from castore.dump import dump_reader
 from castore.errors import CastoreError
 from castore.format import layout, paths
@@ -79,11 +80,12 @@ def chunk_id(seed: int) -> ChunkId:
 ROWS = [
     Row(chunk_id(1), 144, 5000, 6000, 7, (3,), RecordKind.LEAF),
     Row(chunk_id(2), 8192, 100, 100, 8, (), RecordKind.PART),
-    Row(chunk_id(3), 9000, 70, 4096, 9, (4,), RecordKind.ID_LIST, 1, chunk_id(1)),
+    Row(chunk_id(3), 9000, 70, 4096, 9, (4,), RecordKind.ID_LIST, 1, (chunk_id(1),)),
+    Row(chunk_id(6), 9100, 1, 4096, 9, (17,), RecordKind.LEAF, 2, (chunk_id(1), chunk_id(2))),
 ]
 HEADER = encode_header(PackHeader(PACK_ID, bytes(16), HASHER, 5))
 TABLE = encode_table(ROWS, id_bytes=N)
-TRAILER = Trailer(PACK_ID, 16384, len(ROWS), checksum(TABLE))
+TRAILER = Trailer(PACK_ID, 16384, len(ROWS), checksum(TABLE), 1)
 PACK_BYTES = TRAILER.table_offset + len(TABLE) + TRAILER_BYTES
 RUN = encode_run_header(
     [(chunk_id(4), 1), (chunk_id(5), 2)],
@@ -147,6 +149,7 @@ DECODERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
     "table": (TABLE, lambda data: decode_table(data, TRAILER, id_bytes=N, where="w")),
     "record": (
         encode_record_header(ROWS[2], id_bytes=N),
+        encode_record_header(ROWS[3], id_bytes=N),
         lambda data: decode_record_header(data, offset=64, id_bytes=N, where="w"),
     ),
     "run fixed": (RUN, lambda data: decode_run_fixed(data, id_bytes=N, where="w")),
@@ -324,7 +327,7 @@ rows = st.builds(
     st.lists(st.integers(1, 255), max_size=4).map(tuple),
     st.sampled_from(list(RecordKind)),
     st.integers(0, 255),
-    st.none() | st.binary(min_size=N, max_size=N).map(ChunkId),
+    st.lists(st.binary(min_size=N, max_size=N).map(ChunkId), max_size=2).map(tuple),
     st.booleans(),
 )
 
@@ -334,7 +337,8 @@ def test_rows_with_right_checksums_and_any_numbers_stay_within_bounds(
     table: list[Row], table_offset: int, row_count: int
 ) -> None:
     packed = encode_table(table, id_bytes=N)
-    honest = Trailer(PACK_ID, 2**40, len(table), checksum(packed))
+    seconds = sum(len(row.base_ids) > 1 for row in table)
+    honest = Trailer(PACK_ID, 2**40, len(table), checksum(packed), seconds)
     for row in decoded_rows(lambda: decode_table(packed, honest, id_bytes=N, where="w")):
         assert row.offset + row.stored_bytes <= 2**40
     for row in table:
@@ -452,6 +456,12 @@ def encodings(number: int) -> Encodings:
     """What the codec makes of the samples."""
     found: Encodings = []
     for raw, elements in samples():
+        if number == DERIVED:
+            for rule in Rule:
+                copy = bytearray(len(raw) // 4 * 2)
+                kernel.derive(raw[: 2 * len(copy)], copy, rule)
+                found.append((bytes(copy), bytes([rule]), raw[: 2 * len(copy)]))
+            continue
         if number != DELTA:
             payload = codec_numbered(number).encode(raw, elements)
             if payload is not None:
@@ -477,8 +487,9 @@ def test_a_mutated_payload_decodes_to_the_declared_length_or_is_refused(number: 
             for length in (len(raw), len(raw) - 1, len(raw) + 1, 0):
                 guarded = bytearray(b"\xa5" * 64 + bytes(length) + b"\xa5" * 64)
                 view = memoryview(guarded)[64 : 64 + length]
-                # The store reads a base of exactly the chunk's length.
-                beside = None if base is None else base[:length].ljust(length, b"\0")
+                # The store reads bases of exactly the lengths that the chain needs.
+                needed = sum(base_lengths((number,), length))
+                beside = None if base is None else base[:needed].ljust(needed, b"\0")
                 with suppress(CastoreError):
                     decode_chain((number,), memoryview(data), view, base=beside)
                 assert guarded[:64] == guarded[-64:] == b"\xa5" * 64
@@ -486,12 +497,12 @@ def test_a_mutated_payload_decodes_to_the_declared_length_or_is_refused(number: 
 
 @given(number=st.sampled_from(sorted(NAMES)), data=st.binary(max_size=200), length=st.integers(0, 5000))
 def test_a_random_payload_is_refused_or_decodes(number: int, data: bytes, length: int) -> None:
-    base = bytes(length) if number == DELTA else None
+    base = bytes(sum(base_lengths((number,), length))) if number in (DELTA, DERIVED) else None
     with suppress(CastoreError):
         decode_chain((number,), memoryview(data), memoryview(bytearray(length)), base=base)
 
 
-@pytest.mark.parametrize("chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2), (16,), (3, 16)])
+@pytest.mark.parametrize("chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2), (16,), (3, 16), (17,)])
 def test_an_unknown_chain_is_refused(chain: tuple[int, ...]) -> None:
     with pytest.raises(CastoreError):
         decode_chain(chain, memoryview(bytes(10)), memoryview(bytearray(10)))

@@ -254,13 +254,13 @@ def a_base_that_is_not_less_deep(shop: Workshop) -> None:
 def a_base_that_is_another_chunk(shop: Workshop) -> None:
     location = shop.location("model/drift")
     other = shop.location("model/drift", ref="v1")
-    rewrite_record(shop.pack_file(location), location.row, base_id=other.row.chunk_id)
+    rewrite_record(shop.pack_file(location), location.row, base_ids=(other.row.chunk_id,))
 
 
 @case(loads=CodecError, data="record", lost={3: ("model/drift",)})
 def a_difference_without_a_base(shop: Workshop) -> None:
     location = shop.location("model/drift")
-    rewrite_record(shop.pack_file(location), location.row, base_id=None, depth=0)
+    rewrite_record(shop.pack_file(location), location.row, base_ids=(), depth=0)
 
 
 # ---- lengths that lie, their checksums put right ---------------------------------------------------------------------

@@ -161,10 +161,12 @@ def rewrite_table(path: Path, change: Callable[[list[Row]], list[Row]], **traile
     rows = read_table(reader, where=path.name, expected_id=pack_id, hasher=HASHER)
     reader.close()
     data = path.read_bytes()
-    old_bytes = len(rows) * pack.row_bytes(N)
+    old_bytes = len(pack.encode_table(rows, id_bytes=N))
     table_offset = len(data) - pack.TRAILER_BYTES - old_bytes
-    table = pack.encode_table(change(rows), id_bytes=N)
-    trailer = Trailer(pack_id, table_offset, len(table) // pack.row_bytes(N), checksum(table))
+    changed = change(rows)
+    table = pack.encode_table(changed, id_bytes=N)
+    second_bases = sum(len(row.base_ids) > 1 for row in changed)
+    trailer = Trailer(pack_id, table_offset, len(changed), checksum(table), second_bases)
     path.write_bytes(data[:table_offset] + table + pack.encode_trailer(replace(trailer, **trailer_fields)))
 
 
@@ -172,7 +174,7 @@ def rewrite_record(path: Path, row: Row, **fields: Any) -> None:
     """Change the header of one record, its checksum put right, and its row of the table with it."""
     changed = replace(row, **fields)
     data = bytearray(path.read_bytes())
-    start = row.offset - pack.record_header_bytes(N)
+    start = row.offset - pack.record_header_bytes(N, base_count=len(row.base_ids))
     data[start : row.offset] = pack.encode_record_header(changed, id_bytes=N)
     path.write_bytes(data)
     rewrite_table(path, lambda rows: [changed if found == row else found for found in rows])

@@ -10,22 +10,24 @@ reference, a star, instead of growing a chain.
                     ├─ D
                     └─ E
 
-A record may only rest on a base whose own record is less deep, so no cycle can arise, even when two writers stored the
-same chunk in different ways. Planning is pure but for look-ups.
+A star drifts from its centre, so one chunk in REFERENCE_MOVES_EVERY rests on the anchor again and is the next
+reference: which one, its predecessor's id tells, so that everybody agrees and no single save pays for all.
+
+A rounded copy (masters.py) is one deeper than its masters, so at most one deeper than the bound; no difference is taken
+from one at the bound. Planning is pure but for look-ups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from castore.closure import closure
+from castore.codec.registry import DELTA
 from castore.format.manifest import Entry, chunk_bytes
 from castore.ids import ChunkId, PackId
 from castore.options import DELTA_DEPTH_MAX, REFERENCE_MOVES_EVERY
 from castore.store import ChunkStore, Locations
-
-_DEPTH_BOUND = 256
-"""Above any depth that a record header can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Base:
 
     chunk_id: ChunkId
     rests_on: Locations
-    """Its location, then that of its own base, and so on: all that must stay for it to be read."""
+    """Its location, then all that must stay for it to be read."""
 
     @property
     def depth(self) -> int:
@@ -72,13 +74,15 @@ def plan_bases(
 
 
 def base_for(rests_on: Locations) -> Locations:
-    """Where the next chunk at a place may rest, given what the present one rests on (its own location first)."""
-    chunk = rests_on
-    while rests_on and rests_on[0].row.depth >= DELTA_DEPTH_MAX:
-        rests_on = rests_on[1:]
-    if len(rests_on) > 1 and rests_on is not chunk and _moves_reference(chunk[0].row.chunk_id):
-        return rests_on[1:]
-    return rests_on
+    """Where the next chunk at a place may rest, given what the present one rests on (its own location first); empty:
+    nowhere.
+    """
+    below = rests_on
+    while below and below[0].row.depth >= DELTA_DEPTH_MAX:
+        below = _below(below)
+    if below is not rests_on and _moves_reference(rests_on[0].row.chunk_id):
+        return _below(below) or below
+    return below
 
 
 def _moves_reference(chunk_id: ChunkId) -> bool:
@@ -88,44 +92,10 @@ def _moves_reference(chunk_id: ChunkId) -> bool:
 
 def reference_of(rests_on: Locations) -> ChunkId:
     """The chunk that the next save will take a difference from, for a chunk that rests on these locations."""
-    return base_for(rests_on)[0].row.chunk_id
+    below = base_for(rests_on)
+    return (below or rests_on)[0].row.chunk_id
 
 
-def closure(ids: Iterable[ChunkId], store: ChunkStore, condemned: frozenset[PackId]) -> dict[ChunkId, Locations]:
-    """For each chunk that is there with all of its bases: the locations it rests on, its own first.
-
-    A chunk counts as present only then: a record whose base is gone or condemned is as good as gone itself.
-    """
-    wanted = set(ids)
-    known: dict[ChunkId, Locations] = {}
-    pending = wanted
-    while pending:
-        found = _usable_locations(pending, store, condemned)
-        known.update(found)
-        pending = {hit.row.base_id for hits in found.values() for hit in hits if hit.row.base_id} - known.keys()
-    resting = {chunk_id: _rests_on(chunk_id, known, depth_below=_DEPTH_BOUND) for chunk_id in wanted}
-    return {chunk_id: locations for chunk_id, locations in resting.items() if locations}
-
-
-def _usable_locations(
-    ids: Iterable[ChunkId], store: ChunkStore, condemned: frozenset[PackId]
-) -> dict[ChunkId, Locations]:
-    """Locations outside condemned packs, the least deep first."""
-    wanted: Sequence[ChunkId] = list(ids)
-    return {
-        chunk_id: tuple(sorted((hit for hit in hits if hit.pack_id not in condemned), key=lambda hit: hit.row.depth))
-        for chunk_id, hits in zip(wanted, store.find_sound(wanted), strict=True)
-    }
-
-
-def _rests_on(chunk_id: ChunkId, known: Mapping[ChunkId, Locations], *, depth_below: int) -> Locations:
-    """The locations that a chunk needs when each base must be less deep than what rests on it; empty: it has none."""
-    for hit in known.get(chunk_id, ()):
-        if hit.row.depth >= depth_below:
-            continue
-        if hit.row.base_id is None:
-            return (hit,)
-        below = _rests_on(hit.row.base_id, known, depth_below=hit.row.depth)
-        if below:
-            return (hit, *below)
-    return ()
+def _below(rests_on: Locations) -> Locations:
+    """What the base of a difference rests on; nothing for other records: masters are not like what rests on them."""
+    return rests_on[1:] if rests_on and rests_on[0].row.chain == (DELTA,) else ()

@@ -6,9 +6,9 @@ collector has condemned is copied out of the condemned packs, verified on the wa
 
 from __future__ import annotations
 
-from castore.checkpoint.bases import closure
 from castore.checkpoint.plan import chunk_lengths
 from castore.chunk_writer import ChunkWriter
+from castore.closure import closure
 from castore.codec.base import Elements
 from castore.errors import ConflictError, DamageError, RefExistsError, SnapshotGoneError, UnknownRefError
 from castore.format.layout import branch_name, check_ref_name, tag_name

@@ -147,6 +147,7 @@ def _write_chunks(
     present = session.find_present(sources)
     if previous is not None:
         session.plan_deltas(hashed.entries, previous.entries)
+    session.plan_copies(hashed.leaves)
     writes = plan_writes(hashed.leaves, present, compression=handle.config.options.compression)
     parts = [
         Write(((part_id, source),), as_run=False)

@@ -7,16 +7,22 @@ condemned, as of a look taken after the snapshot became visible.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
 
-from castore.checkpoint.bases import Base, candidates, closure, plan_bases, reference_of
-from castore.checkpoint.plan import Source, Write
-from castore.chunk_writer import BaseSource, ChunkWriter
+from castore.checkpoint.bases import Base, candidates, plan_bases, reference_of
+from castore.checkpoint.masters import Master, find_masters, read_all, usable_masters
+from castore.checkpoint.plan import LeafChunks, Source, Write
+from castore.chunk_writer import BaseSource, ChunkWriter, MasterSource
+from castore.closure import closure
+from castore.codec.registry import DELTA
 from castore.format.manifest import Entry
+from castore.format.pack import Row
 from castore.ids import Buffer, ChunkId
 from castore.index import Location
 from castore.leases import condemned_packs
-from castore.options import GRID_BYTES
+from castore.options import DELTA_DEPTH_MAX, GRID_BYTES
 from castore.repository import Handle
 from castore.store import Locations, list_packs
 
@@ -31,6 +37,7 @@ class WriteSession:
         handle.store.refresh()
         self._sources: Mapping[ChunkId, Source] = {}
         self._bases: Mapping[ChunkId, Base] = {}
+        self._masters: Mapping[ChunkId, Sequence[Master]] = {}
         self._memory = handle.bases
         self._pinned: frozenset[ChunkId] = frozenset()
         self._relied_on: dict[ChunkId, Locations] = {}
@@ -56,6 +63,11 @@ class WriteSession:
             self._memory.pin(self._pinned)
             self._keeps_bases = True
 
+    def plan_copies(self, leaves: Sequence[LeafChunks]) -> None:
+        """Find the 16-bit leaves that may be roundings of others."""
+        if self.handle.config.options.compression == "auto":
+            self._masters = find_masters(leaves)
+
     def write(self, writes: Iterable[Write], *, progress: Callable[[int], None]) -> int:
         """Write chunks into new packs, durably, and add them to the index; returns the bytes of the packs."""
         handle = self.handle
@@ -67,6 +79,23 @@ class WriteSession:
             now_ns=self.now_ns,
             keep_base=self._memory.put if self._keeps_bases else None,
         )
+        for is_copy, group in groupby(sorted(writes, key=self._may_be_copy), key=self._may_be_copy):
+            # Copies come last: the depth of what they may rest on is known by then.
+            written = self._writer.depths() if is_copy else {}
+            self._put_all(group, written, progress)
+        sealed = self._writer.finish()
+        if sealed:
+            handle.store.add({pack.pack_id: pack.rows for pack in sealed})
+        for pack in sealed:
+            for row in pack.rows:
+                self._relied_on[row.chunk_id] = (Location(pack.pack_id, row), *self._below(row))
+        return sum(pack.pack_bytes for pack in sealed)
+
+    def _put_all(
+        self, writes: Iterable[Write], written: Mapping[ChunkId, int], progress: Callable[[int], None]
+    ) -> None:
+        """`written`: depths of the records of this save that a copy may rest on."""
+        assert self._writer is not None
         for write in writes:
             if write.as_run:
                 chunks = [(chunk_id, source.read) for chunk_id, source in write.chunks]
@@ -74,16 +103,14 @@ class WriteSession:
                 self._writer.put_run(chunks, kind=write.chunks[0][1].kind, payload_bytes=payload_bytes)
             else:
                 for chunk_id, source in write.chunks:
-                    self._put(self._writer, chunk_id, source)
+                    self._put(self._writer, chunk_id, source, written)
             progress(sum(source.raw_bytes for _, source in write.chunks))
-        sealed = self._writer.finish()
-        if sealed:
-            handle.store.add({pack.pack_id: pack.rows for pack in sealed})
-        for pack in sealed:
-            for row in pack.rows:
-                below = self._bases[row.chunk_id].rests_on if row.base_id is not None else ()
-                self._relied_on[row.chunk_id] = (Location(pack.pack_id, row), *below)
-        return sum(pack.pack_bytes for pack in sealed)
+
+    def _below(self, row: Row) -> Locations:
+        """What the bases of a record of this save rest on."""
+        if row.chain == (DELTA,):
+            return self._bases[row.chunk_id].rests_on
+        return tuple(location for master_id in row.base_ids for location in self._relied_on[master_id])
 
     def heal(self) -> None:
         """Publish, then check: write again what was collected since we looked, until all of it is there."""
@@ -99,7 +126,7 @@ class WriteSession:
             ]
             if not lost:
                 return
-            self._bases = {}  # by themselves: what they would rest on may be going too
+            self._bases, self._masters = {}, {}  # by themselves: what they would rest on may be going too
             writes = [Write(((chunk_id, self._sources[chunk_id]),), as_run=False) for chunk_id in lost]
             self.write(writes, progress=lambda _: None)
 
@@ -120,7 +147,7 @@ class WriteSession:
         pinned, self._pinned = self._pinned, frozenset()
         self._memory.unpin(pinned)
 
-    def _put(self, writer: ChunkWriter, chunk_id: ChunkId, source: Source) -> None:
+    def _put(self, writer: ChunkWriter, chunk_id: ChunkId, source: Source, written: Mapping[ChunkId, int]) -> None:
         base = self._bases.get(chunk_id)
         writer.put(
             chunk_id,
@@ -129,7 +156,27 @@ class WriteSession:
             elements=source.elements,
             kind=source.kind,
             base=self._base_source(base, source.raw_bytes) if base is not None else None,
+            masters=self._master_sources(chunk_id, written),
         )
+
+    def _may_be_copy(self, write: Write) -> bool:
+        return any(chunk_id in self._masters for chunk_id, _ in write.chunks)
+
+    def _master_sources(self, chunk_id: ChunkId, written: Mapping[ChunkId, int]) -> list[MasterSource]:
+        """What a chunk may be the rounding of, where that is stored less deep than a difference may be."""
+        masters = self._masters.get(chunk_id)
+        if not masters:
+            return []
+        depths = {
+            master_id: written[master_id] if master_id in written else self._relied_on[master_id][0].row.depth
+            for master in masters
+            for master_id in master.chunk_ids
+            if master_id in written or master_id in self._relied_on
+        }
+        usable = usable_masters(masters, depths, chunk_id=chunk_id, depth_max=DELTA_DEPTH_MAX)
+        return [
+            MasterSource(master.rule, master.chunk_ids, depth, partial(read_all, master)) for master, depth in usable
+        ]
 
     def _base_source(self, base: Base, raw_bytes: int) -> BaseSource:
         """A base from memory, else from the repository, and from then on in memory."""

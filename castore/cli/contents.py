@@ -191,7 +191,7 @@ def _chunk_table(chunks: Sequence[StoredChunk]) -> Table:
             size(chunk.raw_bytes),
             size(chunk.stored_bytes),
             chunk.codec + (" (run)" if chunk.in_run else ""),
-            (chunk.base or "-")[:ID_DIGITS],
+            " ".join(base[:ID_DIGITS] for base in chunk.bases) or "-",
             str(chunk.depth),
             chunk.pack[:ID_DIGITS],
             str(chunk.offset),

@@ -58,8 +58,8 @@ class StoredChunk:
     pack: str
     offset: int
     in_run: bool
-    base: str | None
-    """Chunk id of the delta base."""
+    bases: tuple[str, ...]
+    """Chunk ids of what it rests on: the base of a difference, the masters of a rounded copy."""
     depth: int
     """How many bases must be read first."""
     copies: int
@@ -156,7 +156,7 @@ def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
     for index, chunk_id in enumerate(ids):
         hits, raw_bytes = locations[chunk_id], chunk_bytes(entry.raw_bytes, index)
         if not hits:
-            chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, None, 0, 0))
+            chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, (), 0, 0))
             continue
         row = hits[0].row
         chunks.append(
@@ -168,7 +168,7 @@ def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
                 hits[0].pack_id,
                 row.offset,
                 row.in_run,
-                row.base_id.hex() if row.base_id else None,
+                tuple(base_id.hex() for base_id in row.base_ids),
                 row.depth,
                 len(hits),
             )

@@ -8,6 +8,8 @@
  *
  *     count(row, counts)                                   counts: 256 uint32, how often each byte occurs in row
  *
+ *     derive(master, out, rule)                            float32 rounded to 16 bits, by the rules of rounding.py
+ *
  * `split` changes each element by the mode and writes plane k (0 is the least significant byte of the changed elements) to
  * planes[k * items] and on. Elements are unsigned integers that wrap around:
  *
@@ -406,9 +408,79 @@ static PyObject *kernel_count(PyObject *module, PyObject *args)
     return result;
 }
 
+/* Rules of rounding.py. Integers only: a flush-to-zero setting or a processor's way with NaN must not show. */
+enum rule { BFLOAT16_NEAREST = 1, BFLOAT16_CUT, FLOAT16_NEAREST, FLOAT16_CUT };
+
+/* Both roundings of an integer shifted right: `even` adds just less than half and the bit that decides a tie. */
+#define SHIFTED(u, shift, even) (((u) + ((even) ? (1u << ((shift) - 1)) - 1 + ((u) >> (shift) & 1) : 0u)) >> (shift))
+
+#define TO_FLOAT16(even)                                                                                               \
+    for (Py_ssize_t i = 0; i < count; i++) {                                                                           \
+        uint32_t u = from[i], magnitude = u & 0x7fffffffu;                                                             \
+        uint32_t exponent = magnitude >> 23, lacking = exponent < 95 ? 31 : exponent > 125 ? 1 : 126 - exponent;       \
+        uint32_t significand = (magnitude & 0x7fffffu) | 0x800000u, rebiased = magnitude - 0x38000000u;                \
+        uint32_t small = SHIFTED(significand, lacking, even), normal = SHIFTED(rebiased, 13, even);                    \
+        uint32_t large = (even) || magnitude == 0x7f800000u ? 0x7c00u : 0x7bffu;                                       \
+        uint32_t nan = 0x7e00u | (magnitude >> 13 & 0x3ffu);                                                           \
+        uint32_t rounded = magnitude < 0x38800000u ? small : normal;                                                   \
+        rounded = magnitude >= 0x47800000u ? large : rounded;                                                          \
+        rounded = magnitude > 0x7f800000u ? nan : rounded;                                                             \
+        to[i] = (uint16_t)(rounded | (u >> 16 & 0x8000u));                                                             \
+    }
+
+FAST static void derive_block(const uint32_t *from, uint16_t *to, Py_ssize_t count, int rule)
+{
+    if (rule == BFLOAT16_CUT) {
+        for (Py_ssize_t i = 0; i < count; i++) to[i] = (uint16_t)(from[i] >> 16);
+    } else if (rule == BFLOAT16_NEAREST) {
+        for (Py_ssize_t i = 0; i < count; i++) {
+            uint32_t u = from[i];
+            to[i] = (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? u >> 16 | 0x40u : SHIFTED(u, 16, 1));
+        }
+    } else if (rule == FLOAT16_NEAREST) {
+        TO_FLOAT16(1)
+    } else {
+        TO_FLOAT16(0)
+    }
+}
+
+static void derive_all(const uint8_t *master, uint8_t *out, Py_ssize_t items, int rule)
+{
+    uint32_t from[BLOCK];
+    uint16_t to[BLOCK];
+    for (Py_ssize_t start = 0; start < items; start += BLOCK) {
+        Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
+        memcpy(from, master + start * 4, count * 4);
+        derive_block(from, to, count, rule);
+        memcpy(out + start * 2, to, count * 2);
+    }
+}
+
+static PyObject *kernel_derive(PyObject *module, PyObject *args)
+{
+    Py_buffer master, out;
+    PyObject *result = NULL;
+    int rule;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*w*i", &master, &out, &rule)) return NULL;
+    if (rule < BFLOAT16_NEAREST || rule > FLOAT16_CUT || out.len % 2 || master.len != 2 * out.len) {
+        PyErr_SetString(PyExc_ValueError, "derive needs a rule of 1 to 4 and a master twice as long as the copy");
+    } else {
+        Py_BEGIN_ALLOW_THREADS
+        derive_all(master.buf, out.buf, out.len / 2, rule);
+        Py_END_ALLOW_THREADS
+        result = Py_None;
+        Py_INCREF(result);
+    }
+    PyBuffer_Release(&master);
+    PyBuffer_Release(&out);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
     {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha): planes to elements"},
+    {"derive", kernel_derive, METH_VARARGS, "derive(master, out, rule): float32 rounded to 16 bits"},
     {"count", kernel_count, METH_VARARGS, "count(row, counts): how often each byte occurs"},
     {NULL, NULL, 0, NULL},
 };

@@ -1,6 +1,7 @@
 """Which codec a chunk gets: decided by its content, never by its name, from a sample before the work is spent.
 
-auto   constant → delta where there is a base → planes (floats and wide integers) or zstd (bytes, repeating integers)
+auto   constant → derived where it is the rounding of float32 chunks → delta where there is a base
+       → planes (floats and wide integers) or zstd (bytes, repeating integers)
 lz4    constant → lz4
 none   raw always: such chunks form runs that can be mapped
 
@@ -10,16 +11,20 @@ Raw where nothing is gained.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from castore.codec.base import PLAIN, Elements
-from castore.codec.registry import DELTA, chain_name, codec_numbered, decode_chain
+from castore.codec.registry import DELTA, DERIVED, chain_name, codec_numbered, decode_chain
 from castore.errors import CodecError
 from castore.format.pack import Chain
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
 from castore.options import Compression
+
+if TYPE_CHECKING:
+    from castore.codec.rounding import Rule
 
 _CONSTANT, _LZ4, _ZSTD, _PLANES = 4, 1, 2, 3
 _SAMPLE_BYTES = 16 * 1024
@@ -33,6 +38,7 @@ class _Proof(threading.local):
 
     def __init__(self) -> None:
         self.buffer = bytearray()
+        self.masters = bytearray()
 
 
 _proof = _Proof()
@@ -68,6 +74,43 @@ def encode_chunk(
             _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
             return encoded
     return Encoded((), raw)
+
+
+def encode_as_rounding(
+    raw: Buffer,
+    elements: Elements,
+    rule: Rule,
+    masters: Sequence[tuple[ChunkId, Buffer]],
+    *,
+    chunk_id: ChunkId,
+    hasher: Hasher,
+) -> Encoded | None:
+    """The chunk as the rounding of its masters, proved; None when it is not, or repeats one unit, which is shorter.
+
+    The masters are hashed too, after the proof: what was rounded is what their ids name.
+    """
+    from castore.codec.derived import encode_derived  # numpy costs 80 ms of start-up
+
+    if _encode(_CONSTANT, raw, elements) is not None:
+        return None
+    encoded = Encoded((DERIVED,), encode_derived(rule), rests_on_base=True)
+    proof, master = _proof_memory(len(raw)), _proof.masters
+    if len(master) < 2 * len(raw):
+        master = _proof.masters = bytearray(2 * len(raw))
+    view = memoryview(master)[: 2 * len(raw)]
+    start = 0
+    for _, part in masters:
+        view[start : start + len(part)] = part
+        start += len(part)
+    decode_chain(encoded.chain, memoryview(encoded.payload), proof, base=view)
+    if hasher.digest(proof) != chunk_id:
+        return None
+    start = 0
+    for master_id, part in masters:
+        if hasher.digest(view[start : start + len(part)]) != master_id:
+            return None
+        start += len(part)
+    return encoded
 
 
 def _attempts(
@@ -124,9 +167,7 @@ def _shrinks(sample: Buffer, number: int, below: float) -> bool:
 
 def _prove(encoded: Encoded, raw_bytes: int, chunk_id: ChunkId, hasher: Hasher, base: Buffer | None) -> None:
     """Decode and compare by digest, before the record counts: every record, not a sample (a fifth of the encoding)."""
-    if len(_proof.buffer) < raw_bytes:
-        _proof.buffer = bytearray(raw_bytes)
-    out = memoryview(_proof.buffer)[:raw_bytes]
+    out = _proof_memory(raw_bytes)
     decode_chain(encoded.chain, memoryview(encoded.payload), out, base=base)
     if hasher.digest(out) != chunk_id:
         raise CodecError(
@@ -134,3 +175,9 @@ def _prove(encoded: Encoded, raw_bytes: int, chunk_id: ChunkId, hasher: Hasher, 
             f"{chunk_id.hex()}; "
             "was the state changed by another thread during the save? If not, test this machine's memory"
         )
+
+
+def _proof_memory(length: int) -> memoryview:
+    if len(_proof.buffer) < length:
+        _proof.buffer = bytearray(length)
+    return memoryview(_proof.buffer)[:length]

@@ -6,6 +6,7 @@
     3    planes    byte_planes.py
     4    constant  constant.py
     16   delta     delta.py: the difference from the record's base
+    17   derived   derived.py: the record's bases rounded to 16 bits
 
 Numbers are permanent. numpy is only imported when a chain names `planes`: history and manifests are read without it.
 """
@@ -22,8 +23,8 @@ from castore.errors import CodecError, UnsupportedFormatError
 from castore.format.pack import Chain
 from castore.ids import Buffer
 
-NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta"}
-DELTA = 16
+NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta", 17: "derived"}
+DELTA, DERIVED = 16, 17
 
 
 @cache
@@ -47,11 +48,22 @@ def chain_name(chain: Chain) -> str:
     return "+".join(NAMES.get(number, f"codec-{number}") for number in chain) or "raw"
 
 
+def base_lengths(chain: Chain, raw_bytes: int) -> tuple[int, ...]:
+    """Raw lengths of the bases that a record of this chain and length rests on."""
+    if chain == (DELTA,):
+        return (raw_bytes,)
+    if chain == (DERIVED,):
+        from castore.codec.derived import master_lengths  # numpy costs 80 ms of start-up
+
+        return master_lengths(raw_bytes)
+    return ()
+
+
 def decode_chain(chain: Chain, stored: memoryview, out: memoryview, *, base: Buffer | None = None) -> None:
-    """Undo a chain into `out`; `base` is the raw bytes of the record's base. Raises CodecError or
+    """Undo a chain into `out`; `base` is the raw bytes of the record's bases, one after the other. Raises CodecError or
     UnsupportedFormatError.
     """
-    if (chain == (DELTA,)) is not (base is not None):
+    if (chain in ((DELTA,), (DERIVED,))) is not (base is not None):
         raise CodecError(f"{chain_name(chain)}: {'has no' if base is None else 'takes no'} base")
     if not chain:
         if len(stored) != len(out):
@@ -61,8 +73,10 @@ def decode_chain(chain: Chain, stored: memoryview, out: memoryview, *, base: Buf
     if len(chain) > 1:
         raise UnsupportedFormatError(f"codec chain {chain_name(chain)} is unknown to this castore; install a newer one")
     if base is not None:
-        from castore.codec.delta import decode_delta  # numpy costs 80 ms of start-up
+        # numpy costs 80 ms of start-up
+        from castore.codec.delta import decode_delta
+        from castore.codec.derived import decode_derived
 
-        decode_delta(stored, out, base)
+        (decode_delta if chain == (DELTA,) else decode_derived)(stored, out, base)
         return
     codec_numbered(chain[0]).decode(stored, out)

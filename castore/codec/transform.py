@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from castore.codec.rounding import round_words
 from castore.ids import Buffer
 
 WIDTHS = (1, 2, 4, 8)
@@ -80,6 +81,10 @@ class Kernel(Protocol):
 
     def count(self, row: Buffer, counts: Buffer, /) -> None:
         """How often each byte occurs in a row: 256 uint32."""
+        ...
+
+    def derive(self, master: Buffer, out: Buffer, rule: int, /) -> None:
+        """float32 rounded to 16 bits: see rounding.py."""
         ...
 
 
@@ -224,6 +229,10 @@ class NumpyKernel:
     def count(self, row: Buffer, counts: Buffer, /) -> None:
         """See Kernel."""
         np.frombuffer(counts, np.uint32)[:] = np.bincount(np.frombuffer(row, np.uint8), minlength=256)
+
+    def derive(self, master: Buffer, out: Buffer, rule: int, /) -> None:
+        """See Kernel."""
+        round_words(master, out, rule)
 
 
 _SCALED_EXPONENT_MIN, _SCALED_EXPONENT_MAX = 8, 246

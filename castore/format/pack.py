@@ -12,18 +12,19 @@ of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multipl
        40  16  repository id
        56   8  xxh3-64 of bytes 0-55
 
-    record (32 + 2n bytes, then the stored payload)
+    record (32 + 2n bytes, 32 + 3n with two bases, then the stored payload)
         0   4  magic "CREC"
         4   1  record kind                  1 leaf data, 2 manifest part, 3 id list
         5   1  depth                        bases to read before this one decodes; 0 without a base, at most 16
-        6   2  flags                        0
+        6   2  flags                        1: the record rests on two bases
         8   4  codec chain                  up to four codec numbers in order of encoding, 0 ends it
        12   4  stored bytes
        16   4  raw bytes
        20   8  checksum                     xxh3-64 of the stored payload
        28   n  chunk id
      28+n   n  base id                      zero without a base
-    28+2n   4  low half of the xxh3-64 of bytes 0-27+2n
+    28+2n   n  second base id               with flag 1 only
+      end   4  low half of the xxh3-64 of all bytes before
 
     run record (32 + c(n+8) bytes, zeros up to a page, then the payload on a multiple of 4096)
         0   4  magic "CRUN"
@@ -36,7 +37,7 @@ of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multipl
        24   8  xxh3-64 of bytes 0-23 and of the c rows below
        32      c rows: chunk id (n), checksum of that chunk's payload (8)
 
-    table: one row of 32 + 2n bytes for each chunk
+    table: one row of 32 + 2n bytes for each chunk, then the second base ids (n each), in the order of their rows
         0   n  chunk id
         n   n  base id
        2n   8  offset of the stored payload in this file
@@ -46,7 +47,7 @@ of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multipl
     2n+24   4  codec chain
     2n+28   1  record kind
     2n+29   1  depth
-    2n+30   2  flags                        1: the chunk lies in a run
+    2n+30   2  flags                        1: the chunk lies in a run   2: it rests on two bases
 
     trailer (64 bytes, the end of the file)
         0   8  magic "CASTTAIL"
@@ -54,7 +55,7 @@ of a chunk id (16 for xxh3-128, 32 for blake3); every record starts on a multipl
        16   8  row count
        24   8  xxh3-64 of the table
        32  16  pack id
-       48   8  zero
+       48   8  count of second base ids
        56   8  xxh3-64 of bytes 0-55
 
 A reader trusts the trailer, then the table. When either is damaged it scans for record magics on multiples of 8 and
@@ -64,7 +65,7 @@ checks each header's checksum, so that damage costs the records it hit and no ot
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -84,14 +85,18 @@ TRAILER_BYTES = 64
 RUN_FIXED_BYTES = 4 + 1 + 1 + 2 + 4 + 4 + 8 + 8
 ALIGN_BYTES = 8
 CHAIN_LENGTH_MAX = 4
-FLAG_IN_RUN = 1
+FLAG_IN_RUN, FLAG_TWO_BASES = 1, 2
+RECORD_TWO_BASES = 1
+BASES_MAX = 2
+"""A 16-bit copy of a float32 leaf covers two chunks of it for each of its own; nothing needs more."""
 DEPTH_MAX = 16
 """Deepest record of any valid pack, far above what writers make: a reader keeps one chunk in memory for each level."""
 
 _HEADER = struct.Struct("<8sHBB4xQ16s16sQ")
-_TRAILER = struct.Struct("<8sQQQ16s8xQ")
+_TRAILER = struct.Struct("<8sQQQ16sQQ")
 _RUN_FIXED = struct.Struct("<4sBBHIIQQ")
-_RECORD = {n: struct.Struct(f"<4sBBH4sIIQ{n}s{n}sI") for n in (16, 32)}
+_RECORD = {n: struct.Struct(f"<4sBBH4sIIQ{n}s{n}s") for n in (16, 32)}
+_RECORD_SUM_BYTES = 4
 _ROW = {n: struct.Struct(f"<{n}s{n}sQIIQ4sBBH") for n in (16, 32)}
 _RUN_ROW = {n: struct.Struct(f"<{n}sQ") for n in (16, 32)}
 
@@ -129,7 +134,9 @@ class Row:
     chain: Chain
     kind: RecordKind
     depth: int = 0
-    base_id: ChunkId | None = None
+    base_ids: tuple[ChunkId, ...] = ()
+    """All chunks that must be read before this one decodes: none, one, or two. Whatever keeps, copies or checks
+    records walks all of them."""
     in_run: bool = False
 
 
@@ -141,6 +148,7 @@ class Trailer:
     table_offset: int
     row_count: int
     table_checksum: int
+    second_base_count: int = 0
 
 
 def aligned(offset: int) -> int:
@@ -148,9 +156,9 @@ def aligned(offset: int) -> int:
     return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
 
 
-def record_header_bytes(id_bytes: int) -> int:
-    """Length of a record's header."""
-    return _RECORD[id_bytes].size
+def record_header_bytes(id_bytes: int, *, base_count: int = 0) -> int:
+    """Length of the header of a record that rests on so many bases."""
+    return _RECORD[id_bytes].size + max(0, base_count - 1) * id_bytes + _RECORD_SUM_BYTES
 
 
 def row_bytes(id_bytes: int) -> int:
@@ -200,6 +208,7 @@ def encode_trailer(trailer: Trailer) -> bytes:
         trailer.row_count,
         trailer.table_checksum,
         bytes.fromhex(trailer.pack_id),
+        trailer.second_base_count,
         0,
     )[:-8]
     return body + checksum(body).to_bytes(8, "little")
@@ -211,14 +220,20 @@ def decode_trailer(data: Buffer, *, pack_bytes: int, id_bytes: int, where: str) 
         raise FormatError(
             f"{where}: expected a trailer of {TRAILER_BYTES} bytes, found {len(data)}: the file is cut short"
         )
-    magic, table_offset, row_count, table_checksum, pack_id, found = _TRAILER.unpack(data)
+    magic, table_offset, row_count, table_checksum, pack_id, second_base_count, found = _TRAILER.unpack(data)
     if magic != TRAILER_MAGIC:
         raise FormatError(f"{where}: expected trailer magic {TRAILER_MAGIC!r}, found {magic!r}: cut short or foreign")
     _check_sum(where, "trailer", expected=found, found=checksum(memoryview(data)[: TRAILER_BYTES - 8]))
-    end = table_offset + row_count * row_bytes(id_bytes) + TRAILER_BYTES
-    if row_count > TABLE_ROWS_MAX or end != pack_bytes:
+    trailer = Trailer(PackId(pack_id.hex()), table_offset, row_count, table_checksum, second_base_count)
+    end = table_offset + table_bytes(trailer, id_bytes=id_bytes) + TRAILER_BYTES
+    if row_count > TABLE_ROWS_MAX or second_base_count > row_count or end != pack_bytes:
         raise FormatError(f"{where}: the trailer describes a file of {end} bytes, found {pack_bytes}")
-    return Trailer(PackId(pack_id.hex()), table_offset, row_count, table_checksum)
+    return trailer
+
+
+def table_bytes(trailer: Trailer, *, id_bytes: int) -> int:
+    """Length of the table."""
+    return trailer.row_count * row_bytes(id_bytes) + trailer.second_base_count * id_bytes
 
 
 # ---- records ---------------------------------------------------------------------------------------------------
@@ -226,45 +241,49 @@ def decode_trailer(data: Buffer, *, pack_bytes: int, id_bytes: int, where: str) 
 
 def encode_record_header(row: Row, *, id_bytes: int) -> bytes:
     """The header that precedes the stored payload of `row`."""
-    body = _RECORD[id_bytes].pack(
+    first, second = _pack_bases(row.base_ids, id_bytes)
+    fixed = _RECORD[id_bytes].pack(
         RECORD_MAGIC,
         row.kind,
         row.depth,
-        0,
+        RECORD_TWO_BASES if second else 0,
         _pack_chain(row.chain),
         row.stored_bytes,
         row.raw_bytes,
         row.checksum,
         row.chunk_id,
-        row.base_id or bytes(id_bytes),
-        0,
-    )[:-4]
+        first,
+    )
+    body = fixed + second
     return body + _low_half(body)
 
 
 def decode_record_header(data: Buffer, *, offset: int, id_bytes: int, where: str) -> Row:
     """The row of the record at `offset`, of which `data` holds the header. Raises FormatError or ChecksumError."""
-    header = _RECORD[id_bytes]
-    if len(data) < header.size:
-        raise FormatError(f"{where}: expected a record header of {header.size} bytes, found {len(data)}")
-    view = memoryview(data)[: header.size]
-    magic, kind, depth, flags, chain, stored, raw, sum_, chunk_id, base_id, _ = header.unpack(view)
+    fixed = _RECORD[id_bytes]
+    if len(data) < record_header_bytes(id_bytes):
+        raise FormatError(
+            f"{where}: expected a record header of {record_header_bytes(id_bytes)} bytes, found {len(data)}"
+        )
+    magic, kind, depth, flags, chain, stored, raw, sum_, chunk_id, base_id = fixed.unpack_from(data)
     if magic != RECORD_MAGIC:
         raise FormatError(f"{where}: expected record magic {RECORD_MAGIC!r}, found {magic!r}")
-    if _low_half(view[:-4]) != bytes(view[-4:]):
+    length = record_header_bytes(id_bytes, base_count=BASES_MAX if flags & RECORD_TWO_BASES else 1)
+    view = memoryview(data)[:length]
+    if len(view) != length or _low_half(view[:-_RECORD_SUM_BYTES]) != bytes(view[-_RECORD_SUM_BYTES:]):
         raise ChecksumError(f"{where}: the record header changed after it was written; run `castore verify --data`")
-    if flags:
+    if flags & ~RECORD_TWO_BASES:
         raise FormatError(f"{where}: record flags {flags:#x} are unknown to this castore")
     row = Row(
         ChunkId(chunk_id),
-        offset + header.size,
+        offset + length,
         stored,
         raw,
         sum_,
         _unpack_chain(chain),
         _record_kind(kind, where),
         depth,
-        ChunkId(base_id) if any(base_id) else None,
+        _unpack_bases(base_id, bytes(view[fixed.size : -_RECORD_SUM_BYTES])),
     )
     check_row(row, where=where)
     return row
@@ -334,33 +353,48 @@ def run_row(chunk_id: ChunkId, sum_: int, index: int, *, start: int, payload_byt
 # ---- table -----------------------------------------------------------------------------------------------------
 
 
-def encode_table(rows: Iterable[Row], *, id_bytes: int) -> bytes:
+def encode_table(rows: Sequence[Row], *, id_bytes: int) -> bytes:
     """The rows, in the order given."""
     pack = _ROW[id_bytes].pack
-    no_base = bytes(id_bytes)
-    return b"".join(
-        pack(
-            row.chunk_id,
-            row.base_id or no_base,
-            row.offset,
-            row.stored_bytes,
-            row.raw_bytes,
-            row.checksum,
-            _pack_chain(row.chain),
-            row.kind,
-            row.depth,
-            FLAG_IN_RUN if row.in_run else 0,
+    packed: list[bytes] = []
+    seconds: list[bytes] = []
+    for row in rows:
+        first, second = _pack_bases(row.base_ids, id_bytes)
+        seconds.append(second)
+        packed.append(
+            pack(
+                row.chunk_id,
+                first,
+                row.offset,
+                row.stored_bytes,
+                row.raw_bytes,
+                row.checksum,
+                _pack_chain(row.chain),
+                row.kind,
+                row.depth,
+                (FLAG_IN_RUN if row.in_run else 0) | (FLAG_TWO_BASES if second else 0),
+            )
         )
-        for row in rows
-    )
+    return b"".join((*packed, *seconds))
 
 
 def decode_table(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str) -> list[Row]:
     """All rows, each within the bounds of the file. Raises FormatError or ChecksumError."""
     _check_sum(where, "table", expected=trailer.table_checksum, found=checksum(data))
-    no_base = bytes(id_bytes)
+    if len(data) != table_bytes(trailer, id_bytes=id_bytes):
+        raise FormatError(
+            f"{where}: expected a table of {table_bytes(trailer, id_bytes=id_bytes)} bytes, found {len(data)}"
+        )
+    packed = _ROW[id_bytes]
+    rows_end = trailer.row_count * packed.size
     rows = []
-    for chunk_id, base_id, offset, stored, raw, sum_, chain, kind, depth, flags in _ROW[id_bytes].iter_unpack(data):
+    next_second = rows_end
+    for fields in packed.iter_unpack(memoryview(data)[:rows_end]):
+        chunk_id, base_id, offset, stored, raw, sum_, chain, kind, depth, flags = fields
+        second = b""
+        if flags & FLAG_TWO_BASES:
+            second = bytes(memoryview(data)[next_second : next_second + id_bytes])
+            next_second += id_bytes
         row = Row(
             ChunkId(chunk_id),
             offset,
@@ -370,14 +404,29 @@ def decode_table(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str) -
             _unpack_chain(chain),
             _record_kind(kind, where),
             depth,
-            None if base_id == no_base else ChunkId(base_id),
+            _unpack_bases(base_id, second),
             bool(flags & FLAG_IN_RUN),
         )
         check_row(row, where=where)
         if not HEADER_BYTES <= offset <= offset + stored <= trailer.table_offset:
             raise FormatError(f"{where}: chunk {chunk_id.hex()} lies at {offset}+{stored}, outside the pack's records")
         rows.append(row)
+    if next_second != len(data):
+        needed = (next_second - rows_end) // id_bytes
+        raise FormatError(f"{where}: the table holds {trailer.second_base_count} second bases, its rows need {needed}")
     return rows
+
+
+def _pack_bases(base_ids: tuple[ChunkId, ...], id_bytes: int) -> tuple[bytes, bytes]:
+    """The first base id, zero without one, and the second, empty without one."""
+    if len(base_ids) > BASES_MAX:
+        raise ValueError(f"a record rests on at most {BASES_MAX} bases, not {len(base_ids)}")
+    return (base_ids[0] if base_ids else bytes(id_bytes)), b"".join(base_ids[1:])
+
+
+def _unpack_bases(first: bytes, second: bytes) -> tuple[ChunkId, ...]:
+    """Both ids as a row has them. A second base without a first one is left to `check_row`."""
+    return tuple(ChunkId(base_id) for base_id in (first, second) if any(base_id))
 
 
 def check_row(row: Row, *, where: str) -> None:
@@ -390,7 +439,7 @@ def check_row(row: Row, *, where: str) -> None:
         or row.stored_bytes > stored_max
         or unequal
         or row.depth > DEPTH_MAX
-        or (row.depth > 0) != (row.base_id is not None)
+        or (row.depth > 0) != bool(row.base_ids)
     ):
         raise FormatError(
             f"{where}: chunk {row.chunk_id.hex()} declares {row.stored_bytes} stored and {row.raw_bytes} raw bytes at "

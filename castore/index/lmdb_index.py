@@ -5,7 +5,7 @@
         packs        pack id (16)        → pack number (4), row count (8)
         numbers      pack number (4)     → pack id (16)
 
-    location (35 bytes, or 35 + n with a base)
+    location (35 bytes, and n for each base)
         0   4  pack number
         4   8  offset
        12   4  stored bytes
@@ -15,7 +15,7 @@
        32   1  record kind
        33   1  depth
        34   1  flags                        1: the chunk lies in a run
-       35   n  base id
+       35      base ids (n each)
 
 A pack number stands for 16 bytes of pack id: 16 + 35 bytes and 10 of LMDB's own make 61, at the usual fill of
 two thirds 92 bytes for each location (measured with ids of 16 bytes; free pages left by a rebuild or gc come to
@@ -38,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 
 from castore.errors import DamageError
-from castore.format.pack import CHAIN_LENGTH_MAX, RecordKind, Row
+from castore.format.pack import BASES_MAX, CHAIN_LENGTH_MAX, RecordKind, Row
 from castore.ids import PACK_ID_BYTES, ChunkId, PackId
 from castore.index.base import Location
 from castore.index.lmdb_environment import Databases, Environment, Transaction
@@ -128,7 +128,7 @@ class LmdbIndex:
     def _encode(self, rows: Sequence[Row]) -> list[_Item]:
         """Chunk ids and locations, less the pack number."""
         self._check_widths([row.chunk_id for row in rows])
-        self._check_widths([row.base_id for row in rows if row.base_id is not None])
+        self._check_widths([base_id for row in rows for base_id in row.base_ids])
         return sorted({(row.chunk_id, _encode_row(row)) for row in rows})
 
     def _check_widths(self, ids: Iterable[ChunkId]) -> None:
@@ -233,13 +233,14 @@ def _encode_row(row: Row) -> bytes:
         row.depth,
         _IN_RUN if row.in_run else 0,
     )
-    return fixed + (row.base_id or b"")
+    return fixed + b"".join(row.base_ids)
 
 
 def _decode_row(chunk_id: ChunkId, location: bytes) -> Row:
     """Raises DamageError."""
-    base_id = location[_BASE_AT:]
-    if len(location) < _BASE_AT or len(base_id) not in (0, len(chunk_id)) or location[_KIND_AT] not in _KINDS:
+    bases, n = location[_BASE_AT:], len(chunk_id)
+    odd = len(location) < _BASE_AT or len(bases) % n or len(bases) > BASES_MAX * n
+    if odd or location[_KIND_AT] not in _KINDS:
         raise DamageError(f"index entry of chunk {chunk_id.hex()}: {location.hex()} is no location")
     offset, stored, raw, checksum, chain, kind, depth, flags = _LOCATION.unpack_from(location, _NUMBER.size)
     return Row(
@@ -251,7 +252,7 @@ def _decode_row(chunk_id: ChunkId, location: bytes) -> Row:
         tuple(chain.rstrip(b"\0")),
         _KINDS[kind],
         depth,
-        ChunkId(base_id) if base_id else None,
+        tuple(ChunkId(bases[at : at + n]) for at in range(0, len(bases), n)),
         bool(flags & _IN_RUN),
     )
 

@@ -62,15 +62,17 @@ class _Touched:
         self._resting: dict[ChunkId, set[ChunkId]] = {}
         """Lost base → lost chunks whose records rest on it."""
         for fault in survey.faults:
-            if fault.base_id is not None and self.goes_with_base(fault):
-                self._resting.setdefault(fault.base_id, set()).add(fault.row.chunk_id)
+            if self.goes_with_base(fault):
+                for base_id in set(fault.base_ids) - survey.depths.keys():
+                    self._resting.setdefault(base_id, set()).add(fault.row.chunk_id)
         needed = needs.keys() - survey.depths.keys()
         self._affected = affected_leaves(parts, snapshots, needed)
         self.lost = needed | self._resting.keys()
 
     def goes_with_base(self, fault: Fault) -> bool:
         """Whether the fault is nothing but a lost base, which is named by itself."""
-        return fault.base_id is not None and not {fault.base_id, fault.row.chunk_id} & self._survey.depths.keys()
+        readable = self._survey.depths.keys()
+        return fault.row.chunk_id not in readable and bool(set(fault.base_ids) - readable)
 
     def by(self, chunk_id: ChunkId) -> dict[SnapshotId, set[str]]:
         """Snapshot → leaves that need the chunk itself or what rests on it."""

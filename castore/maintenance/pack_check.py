@@ -29,6 +29,7 @@ from castore.maintenance.record_check import (
     Fault,
     Record,
     Threads,
+    base_key,
     check_deltas,
     check_plain,
     check_stored_only,
@@ -118,18 +119,18 @@ class _Check:
             self._check_index(rows, pack_id)
             if from_table and self._threads is not None:
                 self._check_headers(reader, rows, pack_id)
-            self._check_plain([Record(name, reader, row) for row in rows if row.base_id is None])
+            self._check_plain([Record(name, reader, row) for row in rows if not row.base_ids])
         finally:
             reader.close()
-        deltas = [(pack_id, row) for row in rows if row.base_id is not None]
+        deltas = [(pack_id, row) for row in rows if row.base_ids]
         self._deltas += deltas
         self._advance(max(0, reader.size_bytes - sum(row.stored_bytes for row in rows)))
         if not any(row.chunk_id in self._needs for row in rows):
             self._idle[pack_id] = reader.size_bytes, frozenset(row.chunk_id for row in rows)
 
     def deltas(self) -> None:
-        """Check what rests on bases: the least deep first, and together what rests on the same base."""
-        self._deltas.sort(key=lambda item: (item[1].depth, item[1].base_id or b"", item[1].raw_bytes, item[0]))
+        """Check what rests on bases: the least deep first, and together what rests on the same bases."""
+        self._deltas.sort(key=lambda item: (item[1].depth, *base_key(item[1]), item[0]))
         readers = _Readers(self._handle.backend)
         for _, level in groupby(self._deltas, key=lambda item: item[1].depth):
             usable = [record for item in level if (record := self._on_usable_base(*item, readers)) is not None]
@@ -144,8 +145,8 @@ class _Check:
         """Packs that neither a snapshot nor a base of what a snapshot needs lies in."""
         pinned: set[ChunkId] = set()
         for _, row in reversed(self._deltas):
-            if row.base_id is not None and (row.chunk_id in self._needs or row.chunk_id in pinned):
-                pinned.add(row.base_id)
+            if row.chunk_id in self._needs or row.chunk_id in pinned:
+                pinned.update(row.base_ids)
         sizes = [size for size, chunks in self._idle.values() if pinned.isdisjoint(chunks)]
         if sizes:
             self._findings.note(
@@ -221,21 +222,24 @@ class _Check:
 
     def _on_usable_base(self, pack_id: PackId, row: Row, readers: _Readers) -> Record | None:
         """The record, or None and a fault when its base cannot serve."""
-        name, base_id = pack_name(pack_id), row.base_id
-        assert base_id is not None
+        name = pack_name(pack_id)
         try:
             record = Record(name, readers.open(name), row)
         except CastoreError as error:
             self._fail(Fault(name, row, str(error)))
             return None
-        found = self.survey.depths.get(base_id)
-        if found is not None and found < row.depth:
+        found = {base_id: self.survey.depths.get(base_id) for base_id in row.base_ids}
+        lost = tuple(base_id for base_id, depth in found.items() if depth is None)
+        deep = {base_id: depth for base_id, depth in found.items() if depth is not None and depth >= row.depth}
+        if not lost and not deep:
             return record
-        if found is None:
-            fault = Fault(name, row, f"chunk {row.chunk_id.hex()}: its base {base_id.hex()} cannot be read", base_id)
+        if lost:
+            names = " and ".join(base_id.hex() for base_id in lost)
+            fault = Fault(name, row, f"chunk {row.chunk_id.hex()}: its base {names} cannot be read", lost)
         else:
-            message = f"chunk {row.chunk_id.hex()} at depth {row.depth}: its base {base_id.hex()} is at depth {found}"
-            fault = Fault(name, row, f"{message}; expected less")
+            names = " and ".join(f"{base_id.hex()} is at depth {depth}" for base_id, depth in deep.items())
+            message = f"chunk {row.chunk_id.hex()} at depth {row.depth}: its base {names}; expected less"
+            fault = Fault(name, row, message)
         self._fail((check_stored_only(record) if self._threads is not None else None) or fault)
         return None
 

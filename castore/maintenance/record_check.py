@@ -18,7 +18,7 @@ from itertools import groupby
 from castore.backend.base import RangeReader
 from castore.codec.registry import decode_chain
 from castore.errors import CastoreError, ChecksumError
-from castore.format.pack import Row
+from castore.format.pack import Chain, Row
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
 from castore.maintenance.chunks import ChunkReader
@@ -47,8 +47,8 @@ class Fault:
     name: str
     row: Row
     message: str
-    base_id: ChunkId | None = None
-    """Set when nothing is wrong but the base that it rests on."""
+    base_ids: tuple[ChunkId, ...] = ()
+    """Set when nothing is wrong but these bases of it."""
 
 
 Checked = tuple[Record, Fault | None]
@@ -73,13 +73,18 @@ def reading_threads() -> Iterator[Threads]:
         yield Threads(pool, 2 * count)
 
 
+def base_key(row: Row) -> tuple[tuple[ChunkId, ...], Chain, int]:
+    """Equal for rows of one depth whose bases are read into memory alike, so that this is done once for all of them."""
+    return row.base_ids, row.chain, row.raw_bytes
+
+
 def check_plain(records: Iterable[Record], hasher: Hasher, threads: Threads) -> Iterator[Checked]:
     """Read and decode records without a base; yields each, in order, with what is wrong with it."""
     return _in_threads(records, lambda batch: [(record, _check(record, hasher)) for record in batch], threads)
 
 
 def check_deltas(records: Iterable[Record], chunks: ChunkReader, hasher: Hasher, threads: Threads) -> Iterator[Checked]:
-    """The same for records with a base, which come sorted by base."""
+    """The same for records with a base, which come sorted by `base_key`."""
     return _in_threads(records, lambda batch: list(_check_by_base(batch, chunks, hasher)), threads)
 
 
@@ -132,7 +137,7 @@ _memory = _Memory()
 
 
 def _check_by_base(batch: Iterable[Record], chunks: ChunkReader, hasher: Hasher) -> Iterator[Checked]:
-    for _, group in groupby(batch, key=lambda record: (record.row.base_id, record.row.depth, record.row.raw_bytes)):
+    for _, group in groupby(batch, key=lambda record: (record.row.depth, *base_key(record.row))):
         records = list(group)
         first = records[0]
         try:
@@ -144,7 +149,7 @@ def _check_by_base(batch: Iterable[Record], chunks: ChunkReader, hasher: Hasher)
 
 
 def _base_fault(record: Record, message: str) -> Fault:
-    return check_stored_only(record) or Fault(record.name, record.row, message, record.row.base_id)
+    return check_stored_only(record) or Fault(record.name, record.row, message, record.row.base_ids)
 
 
 def _check(record: Record, hasher: Hasher, base: Buffer | None = None) -> Fault | None:

@@ -53,7 +53,7 @@ class _Stored:
 
     stored_bytes: int
     depth: int
-    base_id: ChunkId | None
+    base_ids: tuple[ChunkId, ...]
 
 
 class Tally:
@@ -97,15 +97,16 @@ class Tally:
             if row.chunk_id in self._stored:
                 self._copies_bytes += row.stored_bytes
             else:
-                self._stored[row.chunk_id] = _Stored(row.stored_bytes, row.depth, row.base_id)
+                self._stored[row.chunk_id] = _Stored(row.stored_bytes, row.depth, row.base_ids)
 
     def totals(self) -> Totals:
         """The sums; call once, when everything was added."""
         needed = frozenset(self._owners)
         deepest_first = sorted(self._stored.items(), key=lambda item: item[1].depth, reverse=True)
         for chunk_id, record in deepest_first:
-            if record.base_id is not None and chunk_id in self._owners:
-                self._need(record.base_id, self._owners[chunk_id], self._groups[chunk_id])
+            if chunk_id in self._owners:
+                for base_id in record.base_ids:
+                    self._need(base_id, self._owners[chunk_id], self._groups[chunk_id])
         stored: dict[str, int] = {}
         exclusive: dict[SnapshotId, int] = {}
         pinned_bytes, unreferenced_bytes = 0, self._copies_bytes

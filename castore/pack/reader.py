@@ -10,6 +10,7 @@ from castore.backend.base import RangeReader
 from castore.errors import ChecksumError, DamageError, FormatError
 from castore.format.pack import (
     ALIGN_BYTES,
+    BASES_MAX,
     HEADER_BYTES,
     RECORD_MAGIC,
     RUN_MAGIC,
@@ -24,7 +25,7 @@ from castore.format.pack import (
     decode_table,
     decode_trailer,
     record_header_bytes,
-    row_bytes,
+    table_bytes,
 )
 from castore.hashing import Hasher
 from castore.ids import PackId
@@ -59,7 +60,7 @@ def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: 
     trailer = decode_trailer(tail, pack_bytes=reader.size_bytes, id_bytes=id_bytes, where=where)
     if trailer.pack_id != expected_id:
         raise ChecksumError(f"{where}: expected the trailer of pack {expected_id}, found {trailer.pack_id}")
-    table = reader.read(trailer.table_offset, trailer.row_count * row_bytes(id_bytes))
+    table = reader.read(trailer.table_offset, table_bytes(trailer, id_bytes=id_bytes))
     return decode_table(table, trailer, id_bytes=id_bytes, where=where)
 
 
@@ -104,7 +105,8 @@ def _record_at(
     no rows when there is none.
     """
     where = f"{where}, record at {offset}"
-    head = reader.read(offset, min(record_header_bytes(id_bytes), reader.size_bytes - offset))
+    longest = record_header_bytes(id_bytes, base_count=BASES_MAX)
+    head = reader.read(offset, min(longest, reader.size_bytes - offset))
     read_bytes = 0
     try:
         if head[:4] == RECORD_MAGIC:

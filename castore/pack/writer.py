@@ -66,13 +66,13 @@ class PackWriter:
         kind: RecordKind,
         raw_bytes: int,
         chain: Chain,
-        base_id: ChunkId | None = None,
+        base_ids: tuple[ChunkId, ...] = (),
         depth: int = 0,
     ) -> Row:
         """Append one record; the payload is written without a copy."""
         self._begin()
-        start = self._offset + record_header_bytes(self._id_bytes)
-        row = Row(chunk_id, start, len(payload), raw_bytes, checksum(payload), chain, kind, depth, base_id)
+        start = self._offset + record_header_bytes(self._id_bytes, base_count=len(base_ids))
+        row = Row(chunk_id, start, len(payload), raw_bytes, checksum(payload), chain, kind, depth, base_ids)
         end = start + len(payload)
         padding = bytes(aligned(end) - end)
         self._write(encode_record_header(row, id_bytes=self._id_bytes), payload, padding)
@@ -104,7 +104,8 @@ class PackWriter:
         """Write table and trailer and make the pack durable and visible. Blocks until it is."""
         self._begin()
         table = encode_table(self._rows, id_bytes=self._id_bytes)
-        trailer = Trailer(self._header.pack_id, self._offset, len(self._rows), checksum(table))
+        second_bases = sum(len(row.base_ids) > 1 for row in self._rows)
+        trailer = Trailer(self._header.pack_id, self._offset, len(self._rows), checksum(table), second_bases)
         self._write(table, encode_trailer(trailer))
         self._sink.commit()
         return SealedPack(self._header.pack_id, tuple(self._rows), self._offset)

@@ -66,7 +66,7 @@ def forge_leaf(repo: Repository, ref: str, path: str, raw: bytes) -> None:
             kind=row.kind,
             raw_bytes=row.raw_bytes,
             chain=() if changed else row.chain,
-            base_id=None if changed else row.base_id,
+            base_ids=() if changed else row.base_ids,
             depth=0 if changed else row.depth,
         )
     reader.close()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.checkpoint import bases
-from castore.checkpoint.bases import Base, candidates, closure, plan_bases, reference_of
+from castore.checkpoint.bases import Base, candidates, plan_bases, reference_of
+from castore.closure import closure
 from castore.format.manifest import Entry, Kind
 from castore.format.pack import RecordKind, Row
 from castore.hashing import hasher_for
@@ -38,8 +39,8 @@ def pack(number: int) -> PackId:
 
 def location(name: str, *, base: str | None = None, depth: int | None = None, in_pack: int = 1) -> Location:
     level = depth if depth is not None else int(base is not None)
-    base_id = named(base) if base is not None else None
-    row = Row(named(name), 96, 10, 100, 0, (16,) if base else (), RecordKind.LEAF, level, base_id)
+    base_ids = (named(base),) if base is not None else ()
+    row = Row(named(name), 96, 10, 100, 0, (16,) if base else (), RecordKind.LEAF, level, base_ids)
     return Location(pack(in_pack), row)
 
 
@@ -120,7 +121,7 @@ def test_a_candidate_at_the_bound_is_passed_over_for_its_base() -> None:
         planned = plan({"new": candidate}, *chain)[named("new")]
         assert planned.chunk_id == named(base)
         assert planned.depth < DELTA_DEPTH_MAX
-        assert planned.rests_on[-1].row.base_id is None
+        assert planned.rests_on[-1].row.base_ids == ()
 
 
 def test_records_deeper_than_we_write_are_passed_over_too() -> None:
@@ -215,15 +216,15 @@ def test_whatever_the_packs_say_a_chunk_rests_on_ever_less_deep_records(
     resting = closure(map(named, NAMES), store, condemned)
     for chunk_id, rests_on in resting.items():
         assert rests_on[0].row.chunk_id == chunk_id
-        assert rests_on[-1].row.base_id is None
+        assert rests_on[-1].row.base_ids == ()
         for upper, lower in itertools.pairwise(rests_on):
-            assert upper.row.base_id == lower.row.chunk_id
+            assert upper.row.base_ids == (lower.row.chunk_id,)
             assert lower.row.depth < upper.row.depth
         assert not {hit.pack_id for hit in rests_on} & condemned
     for chunk_id in map(named, set(NAMES)):
         # And a chunk that stands by itself in a usable pack is always found.
         alone = [
-            hit for hit in store.find_sound([chunk_id])[0] if hit.row.base_id is None and hit.pack_id not in condemned
+            hit for hit in store.find_sound([chunk_id])[0] if hit.row.base_ids == () and hit.pack_id not in condemned
         ]
         assert not alone or chunk_id in resting
     planned = plan_bases({named("new"): named(NAMES[0])}, store, condemned)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from castore.errors import CastoreError, ChecksumError, DamageError, FormatError, UnsupportedFormatError
 from castore.format.pack import (
+    BASES_MAX,
     HEADER_BYTES,
     RUN_FIXED_BYTES,
     TRAILER_BYTES,
@@ -35,6 +36,7 @@ from castore.format.pack import (
     record_header_bytes,
     row_bytes,
     run_header_bytes,
+    table_bytes,
 )
 from castore.hashing import checksum, hasher_for
 from castore.ids import ChunkId, PackId
@@ -44,7 +46,8 @@ from tests.suites.golden import assert_golden
 PACK = PackId("000102030405060708090a0b0c0d0e0f")
 HEADER = PackHeader(PACK, b"R" * 16, hasher_for("xxh3-128"), 1_700_000_000_000_000_000)
 ROW = Row(ChunkId(b"c" * 16), 128, 5, 9, 0x1122334455667788, (3,), RecordKind.LEAF)
-DELTA = Row(ChunkId(b"d" * 16), 200, 5, 1 << 20, 7, (16, 3), RecordKind.LEAF, 2, ChunkId(b"b" * 16))
+DELTA = Row(ChunkId(b"d" * 16), 200, 5, 1 << 20, 7, (16, 3), RecordKind.LEAF, 2, (ChunkId(b"b" * 16),))
+COPY = Row(ChunkId(b"e" * 16), 300, 1, 1 << 20, 6, (17,), RecordKind.LEAF, 1, (ChunkId(b"f" * 16), ChunkId(b"g" * 16)))
 PART = Row(ChunkId(b"p" * 16), 4096, 10, 10, 8, (), RecordKind.PART)
 IN_RUN = Row(ChunkId(b"r" * 16), 8192, 1 << 20, 1 << 20, 9, (), RecordKind.LEAF, in_run=True)
 ROWS = (ROW, DELTA, PART, IN_RUN)
@@ -170,22 +173,37 @@ def test_record_headers_are_pinned() -> None:
     assert (record_header_bytes(16), record_header_bytes(32)) == (64, 96)
 
 
-@pytest.mark.parametrize("row", [ROW, DELTA, PART], ids=["leaf", "delta", "part"])
+@pytest.mark.parametrize("row", [ROW, DELTA, COPY, PART], ids=["leaf", "delta", "copy", "part"])
 @pytest.mark.parametrize("id_bytes", [16, 32])
 def test_a_record_header_comes_back(row: Row, id_bytes: int) -> None:
     wide = replace(
         row,
         chunk_id=ChunkId(row.chunk_id * (id_bytes // 16)),
-        base_id=ChunkId(row.base_id * (id_bytes // 16)) if row.base_id else None,
-        offset=1000 + record_header_bytes(id_bytes),
+        base_ids=tuple(ChunkId(base_id * (id_bytes // 16)) for base_id in row.base_ids),
+        offset=1000 + record_header_bytes(id_bytes, base_count=len(row.base_ids)),
     )
     data = encode_record_header(wide, id_bytes=id_bytes)
-    assert len(data) == record_header_bytes(id_bytes)
+    assert len(data) == record_header_bytes(id_bytes, base_count=len(row.base_ids))
     assert decode_record_header(data + b"payload", offset=1000, id_bytes=id_bytes, where="x") == wide
 
 
-def test_every_flipped_bit_of_a_record_header_is_seen() -> None:
-    for damaged in flips(encode_record_header(ROW, id_bytes=16)):
+def test_a_record_with_two_bases_names_both() -> None:
+    assert_golden(
+        encode_record_header(COPY, id_bytes=16),
+        """
+        4352454301010100110000000100000000001000060000000000000065656565
+        6565656565656565656565656666666666666666666666666666666667676767
+        676767676767676767676767a4b8baeb
+        """,
+    )
+    assert (record_header_bytes(16, base_count=2), record_header_bytes(32, base_count=2)) == (80, 128)
+    with pytest.raises(ValueError, match="at most 2 bases"):
+        encode_record_header(replace(COPY, base_ids=COPY.base_ids * 2), id_bytes=16)
+
+
+@pytest.mark.parametrize("row", [ROW, COPY], ids=["leaf", "copy"])
+def test_every_flipped_bit_of_a_record_header_is_seen(row: Row) -> None:
+    for damaged in flips(encode_record_header(row, id_bytes=16)):
         with pytest.raises(DamageError, match="pack, record"):
             decode_record_header(damaged, offset=0, id_bytes=16, where="pack, record")
 
@@ -210,7 +228,7 @@ BAD_ROWS: tuple[dict[str, Any], ...] = (
     {"stored_bytes": RECORD_STORED_BYTES_MAX + 1},
     {"chain": ()},
     {"depth": 1},
-    {"base_id": ChunkId(b"b" * 16)},
+    {"base_ids": (ChunkId(b"b" * 16),)},
     {"kind": RecordKind.PART, "raw_bytes": PART_BYTES_MAX + 1},
     {"kind": RecordKind.PART, "stored_bytes": PART_BYTES_MAX + 1},
 )
@@ -284,7 +302,7 @@ def test_a_run_header_gives_the_rows_of_its_chunks() -> None:
     assert [(row.chunk_id, row.checksum) for row in rows] == list(RUN)
     assert [row.offset for row in rows] == [start, start + GRID_BYTES, start + 2 * GRID_BYTES]
     assert [row.raw_bytes for row in rows] == [row.stored_bytes for row in rows] == [GRID_BYTES, GRID_BYTES, 5]
-    assert all(row.in_run and row.chain == () and row.base_id is None for row in rows)
+    assert all(row.in_run and row.chain == () and row.base_ids == () for row in rows)
 
 
 def test_every_flipped_bit_of_a_run_header_is_seen() -> None:
@@ -321,7 +339,40 @@ def test_lengths_of_a_run_that_contradict_each_other_are_refused_before_anything
 def table(rows: list[Row], *, offset: int = 1 << 30) -> list[Row]:
     """Rows written and read again."""
     data = encode_table(rows, id_bytes=16)
-    return decode_table(data, Trailer(PACK, offset, len(rows), checksum(data)), id_bytes=16, where="x")
+    seconds = sum(len(row.base_ids) > 1 for row in rows)
+    return decode_table(data, Trailer(PACK, offset, len(rows), checksum(data), seconds), id_bytes=16, where="x")
+
+
+def test_second_bases_follow_the_rows() -> None:
+    data = encode_table([COPY, PART], id_bytes=16)
+    assert_golden(
+        data,
+        """
+        6565656565656565656565656565656566666666666666666666666666666666
+        2c01000000000000010000000000100006000000000000001100000001010200
+        7070707070707070707070707070707000000000000000000000000000000000
+        00100000000000000a0000000a00000008000000000000000000000002000000
+        67676767676767676767676767676767
+        """,
+    )
+    trailer = Trailer(PACK, 8192, 2, checksum(data), 1)
+    assert_golden(
+        encode_trailer(trailer),
+        """
+        434153545441494c002000000000000002000000000000000badfd19fa6ad02d
+        000102030405060708090a0b0c0d0e0f0100000000000000eacade50b66a51a0
+        """,
+    )
+    assert table_bytes(trailer, id_bytes=16) == len(data)
+    with pytest.raises(FormatError, match="expected a table of 128 bytes, found 144"):
+        decode_table(data, replace(trailer, second_base_count=0), id_bytes=16, where="x")
+    without_flag = data[:62] + bytes(2) + data[64:]
+    lying = replace(trailer, table_checksum=checksum(without_flag))
+    with pytest.raises(FormatError, match="holds 1 second bases, its rows need 0"):
+        decode_table(without_flag, lying, id_bytes=16, where="x")
+    sealed = encode_trailer(replace(trailer, second_base_count=3))
+    with pytest.raises(FormatError, match="describes a file"):
+        decode_trailer(sealed, pack_bytes=8192 + 128 + 48 + 64, id_bytes=16, where="x")
 
 
 def test_table_rows_are_pinned() -> None:
@@ -365,7 +416,7 @@ def test_a_row_outside_the_records_is_refused(offset: int) -> None:
 @st.composite
 def rows(draw: st.DrawFn) -> Row:
     kind = draw(st.sampled_from(list(RecordKind)))
-    base = draw(st.none() | st.binary(min_size=16, max_size=16).filter(any))
+    bases = draw(st.lists(st.binary(min_size=16, max_size=16).filter(any), max_size=BASES_MAX))
     chain = tuple(draw(st.lists(st.integers(1, 255), max_size=4)))
     raw_bytes = draw(st.integers(0, GRID_BYTES))
     stored_bytes = draw(st.integers(0, RECORD_STORED_BYTES_MAX)) if chain else raw_bytes
@@ -377,8 +428,8 @@ def rows(draw: st.DrawFn) -> Row:
         draw(st.integers(0, 2**64 - 1)),
         chain,
         kind,
-        draw(st.integers(1, 16)) if base else 0,
-        ChunkId(base) if base else None,
+        draw(st.integers(1, 16)) if bases else 0,
+        tuple(map(ChunkId, bases)),
     )
 
 
@@ -386,7 +437,7 @@ def rows(draw: st.DrawFn) -> Row:
 def test_any_rows_come_back(some: list[Row]) -> None:
     assert table(some, offset=1 << 50) == some
     for row in some:
-        start = row.offset - record_header_bytes(16)
+        start = row.offset - record_header_bytes(16, base_count=len(row.base_ids))
         assert decode_record_header(encode_record_header(row, id_bytes=16), offset=start, id_bytes=16, where="x") == row
 
 

@@ -346,7 +346,7 @@ def test_records_that_rest_on_each_other_are_refused() -> None:
     def circle(writer: PackWriter) -> None:
         for chunk_id, base_id in (ids, reversed(ids)):
             writer.append(
-                chunk_id, b"x" * 50, kind=RecordKind.LEAF, raw_bytes=1000, chain=(16,), base_id=base_id, depth=1
+                chunk_id, b"x" * 50, kind=RecordKind.LEAF, raw_bytes=1000, chain=(16,), base_ids=(base_id,), depth=1
             )
 
     entries = [

@@ -99,10 +99,12 @@ def test_encoded_records_and_deltas_carry_what_they_are() -> None:
         kind=RecordKind.PART,
         raw_bytes=999,
         chain=(16, 3),
-        base_id=base_id,
+        base_ids=(base_id,),
         depth=2,
     )
-    assert row == Row(HASHER.chunk_id(b"raw"), 128, 6, 999, checksum(b"stored"), (16, 3), RecordKind.PART, 2, base_id)
+    assert row == Row(
+        HASHER.chunk_id(b"raw"), 128, 6, 999, checksum(b"stored"), (16, 3), RecordKind.PART, 2, (base_id,)
+    )
     assert writer.seal().rows == (row,)
 
 

@@ -35,7 +35,7 @@ def row(number: int, *, offset: int = 64, base: int | None = None, id_bytes: int
         chain=(1 + number % 5, 7)[: number % 3],
         kind=RecordKind(1 + number % 3),
         depth=0 if base is None else 1,
-        base_id=None if base is None else chunk(base, id_bytes=id_bytes),
+        base_ids=() if base is None else (chunk(base, id_bytes=id_bytes),),
         in_run=number % 2 == 0,
     )
 
@@ -64,7 +64,7 @@ class IndexSuite:
             row(2, offset=(1 << 64) - 1),
             row(3, base=1),
             Row(chunk(4), 64, 0, 0, (1 << 64) - 1, (255, 254, 253, 252), RecordKind.PART, in_run=True),
-            Row(chunk(5), 64, 1 << 20, 1 << 20, 0, (), RecordKind.LEAF, 255, ChunkId(b"\xff" * 16)),
+            Row(chunk(5), 64, 1 << 20, 1 << 20, 0, (), RecordKind.LEAF, 255, (ChunkId(b"\xff" * 16),) * 2),
             Row(ChunkId(bytes(16)), 64, 1, 1, 1, (), RecordKind.ID_LIST),
             Row(ChunkId(b"\xff" * 16), 64, 1, 1, 1, (), RecordKind.ID_LIST),
         ]
