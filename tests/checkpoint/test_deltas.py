@@ -185,9 +185,8 @@ def test_bases_from_memory_and_from_the_repository_give_the_same_records() -> No
 
 
 def test_a_base_in_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "castore.checkpoint.bases.REFERENCE_MOVES_EVERY", 2**32
-    )  # the anchor of a reference that moves is read again
+    # The anchor of a reference that moves is read again.
+    monkeypatch.setattr("castore.checkpoint.bases.REFERENCE_MOVES_EVERY", 2**32)
     repo = new_repo()
     repo.handle.base_memory_bytes = AMPLE
     read: set[ChunkId] = set()
