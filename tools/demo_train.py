@@ -20,9 +20,10 @@ import random
 import sysconfig
 import time
 import warnings
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the weights come with a package: nothing may be fetched
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin for one another make a shared machine crawl
@@ -59,26 +60,61 @@ def main() -> None:
         except castore.UnknownRefError:
             print("starts at step 0", flush=True)
         write_line(journal, event="start", step=run.step)
+        saves = Saves(repo, journal, in_background=arguments.in_background, torch_file=arguments.torch_save)
         while run.step < arguments.steps:
             loss = run.train_step()
             if run.step % arguments.save_every == 0:
-                began = time.perf_counter()
-                snapshot = repo.save(run.state(), branch="main", step=run.step, metrics={"loss": loss})
-                save_s = time.perf_counter() - began
-                torch_save_bytes, torch_save_s = cost_of_torch_save(run.state(), arguments.torch_save)
-                write_line(
-                    journal,
-                    event="save",
-                    step=run.step,
-                    snapshot_id=snapshot.id,
-                    loss=loss,
-                    raw_bytes=snapshot.raw_bytes,
-                    stored_bytes=snapshot.stored_bytes,
-                    save_s=save_s,
-                    torch_save_bytes=torch_save_bytes,
-                    torch_save_s=torch_save_s,
-                )
-                print(f"step {run.step:3}  loss {loss:.4f}  saved {snapshot.id[:12]}", flush=True)
+                saves.begin(run, loss)
+            saves.report()
+        saves.report(wait=True)
+
+
+class Saves:
+    """Saves a run and tells the journal of what is durable, in the order of the saves.
+
+    In the background, the training goes on as soon as the state has been copied; what is not durable is not reported.
+    """
+
+    def __init__(
+        self, repo: castore.Repository, journal: TextIO, *, in_background: bool, torch_file: Path | None
+    ) -> None:
+        self._repo = repo
+        self._journal = journal
+        self._in_background = in_background
+        self._torch_file = torch_file
+        self._waiting: deque[tuple[castore.PendingSave, dict[str, Any]]] = deque()
+
+    def begin(self, run: Run, loss: float) -> None:
+        """Save now, or begin to."""
+        began = time.perf_counter()
+        if self._in_background:
+            pending = self._repo.save_async(run.state(), branch="main", step=run.step, metrics={"loss": loss})
+            stall_s = time.perf_counter() - began
+            self._waiting.append((pending, {"step": run.step, "loss": loss, "stall_s": stall_s}))
+            return
+        snapshot = self._repo.save(run.state(), branch="main", step=run.step, metrics={"loss": loss})
+        save_s = time.perf_counter() - began
+        torch_save_bytes, torch_save_s = cost_of_torch_save(run.state(), self._torch_file)
+        self._write(
+            snapshot,
+            step=run.step,
+            loss=loss,
+            stall_s=save_s,
+            save_s=save_s,
+            torch_save_bytes=torch_save_bytes,
+            torch_save_s=torch_save_s,
+        )
+
+    def report(self, *, wait: bool = False) -> None:
+        """Write the saves that have become durable to the journal; with `wait`, all of them."""
+        while self._waiting and (wait or self._waiting[0][0].done()):
+            pending, fields = self._waiting.popleft()
+            self._write(pending.result(), **fields)
+
+    def _write(self, snapshot: castore.Snapshot, **fields: Any) -> None:
+        sizes = {"raw_bytes": snapshot.raw_bytes, "stored_bytes": snapshot.stored_bytes}
+        write_line(self._journal, event="save", snapshot_id=snapshot.id, **sizes, **fields)
+        print(f"step {fields['step']:3}  loss {fields['loss']:.4f}  saved {snapshot.id[:12]}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--journal", type=Path, required=True, help="one JSON line per start and save")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--save-every", type=int, required=True, metavar="STEPS")
+    parser.add_argument("--in-background", action="store_true", help="go on training while a save is written")
     parser.add_argument("--torch-save", type=Path, metavar="FILE", help="torch.save every state here, to compare")
     return parser.parse_args()
 
