@@ -7,6 +7,7 @@
     thin/<snapshot id>              overlay: leaves dropped from a kept snapshot
     orphans/<snapshot id>           when a ref last left the snapshot: its grace period starts then
     policy                          what to forget and to thin automatically
+    policy-applied                  when that was done last
     refs/branches/<encoded name>
     refs/tags/<encoded name>
     leases/<random>.lease
@@ -33,6 +34,7 @@ FORGOTTEN = "forgotten/"
 THIN = "thin/"
 ORPHANS = "orphans/"
 POLICY = "policy"
+POLICY_APPLIED = "policy-applied"
 BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"
