@@ -158,14 +158,7 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
         "refers to": leaf.target,
         "dtype": leaf.dtype,
         "shape": shape_text(leaf.shape) if leaf.dtype else "",
-        "bytes": f"raw {size(leaf.raw_bytes)}"
-        + (
-            ", dropped"
-            if leaf.dropped
-            else f", stored {size(leaf.stored_bytes)}"
-            if leaf.chunks
-            else ", in the manifest"
-        ),
+        "bytes": f"raw {size(leaf.raw_bytes)}, {_whereabouts(leaf)}",
         "digest": leaf.digest,
         "value": value_text(leaf.value) if leaf.has_value else "",
         "numbers": _summary_text(leaf.summary),
@@ -180,6 +173,12 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
     if leaf.chunks:
         app.line()
         app.table(_chunk_table(leaf.chunks))
+
+
+def _whereabouts(leaf: LeafDetail) -> str:
+    if leaf.dropped:
+        return "dropped"
+    return f"stored {size(leaf.stored_bytes)}" if leaf.chunks else "in the manifest"
 
 
 def _summary_text(summary: Mapping[str, Any]) -> str:
