@@ -14,13 +14,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from castore.errors import PathNotFoundError, UsageError
+from castore.errors import DamageError, PathNotFoundError, UsageError
 from castore.format.manifest import Entry, Kind
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
 from castore.maintenance.lines import read_history
 from castore.maintenance.retention import Duration, Line, duration_ns
-from castore.marks import Thinning, read_thinning, thin_snapshot, thinnings, unthin_snapshot
+from castore.marks import Thinning, read_thinning, thin_snapshot, unthin_snapshot
 from castore.refs import list_branches, list_tags, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
@@ -177,7 +177,8 @@ def _thin(
 ) -> ThinReport:
     def planned() -> tuple[ThinReport, Mapping[SnapshotId, str]]:
         chosen, named = choose()
-        return _planned(handle, chosen, globs, must_match=must_match, progress=progress), named
+        report = _planned(handle, chosen, globs, must_match=must_match, mend=not named, progress=progress)
+        return report, named
 
     if dry_run:
         return planned()[0]
@@ -185,7 +186,7 @@ def _thin(
     now_ns = handle.clock()
     with writer_lease(handle.backend, purpose="thin", now_ns=now_ns):
         report, named = planned()
-        before = {choice.snapshot_id: read_thinning(handle.backend, choice.snapshot_id) for choice in report.thinned}
+        before = {choice.snapshot_id: _overlay(handle, choice.snapshot_id, mend=not named) for choice in report.thinned}
         for choice in report.thinned:
             thin_snapshot(handle.backend, Thinning(choice.snapshot_id, choice.dropped, now_ns))
         return _yielded(handle, replace(report, dry_run=False), before, named)
@@ -197,14 +198,14 @@ def _planned(
     globs: tuple[str, ...],
     *,
     must_match: bool,
+    mend: bool,
     progress: Progress | None,
 ) -> ThinReport:
-    overlays = thinnings(handle.backend)
     thinned: list[ThinChoice] = []
     skipped: dict[SnapshotId, str] = {}
     matched = False
     for count, snapshot_id in enumerate(chosen, start=1):
-        overlay = overlays.get(snapshot_id)
+        overlay = _overlay(handle, snapshot_id, mend=mend)
         earlier = overlay.dropped if overlay is not None else ()
         if set(globs) <= set(earlier):
             matched = True  # it was thinned like this before, because they matched
@@ -223,6 +224,16 @@ def _planned(
             "lists the paths"
         )
     return ThinReport(tuple(thinned), tuple(skipped.items()), dry_run=True)
+
+
+def _overlay(handle: Handle, snapshot_id: SnapshotId, *, mend: bool) -> Thinning | None:
+    """The overlay so far. A damaged one is only written anew for a snapshot that was named, by globs that say all."""
+    try:
+        return read_thinning(handle.backend, snapshot_id)
+    except DamageError:
+        if mend:
+            return None
+        raise
 
 
 def _choice(

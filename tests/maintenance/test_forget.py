@@ -229,6 +229,28 @@ def test_its_ancestors_are_found_when_the_file_says_nothing(repository: Reposito
     assert steps(repository) == [4, 2, 1, 0]
 
 
+def test_an_end_that_a_tag_or_another_branch_names_is_found_too(repository: Repository) -> None:
+    ids = line(repository, 5)
+    repository.tag("best", at=ids[2])
+    repository.branch("fork", at=ids[2])
+    line(repository, 1, branch="fork", first=30)
+    repository.handle.backend.delete(snapshot_name(ids[3]))
+    repository.forget(ids=[ids[3]])
+    assert steps(repository) == [4, 2, 1, 0]
+
+
+def test_when_the_guess_has_several_ends_all_of_them_are_kept(repository: Repository) -> None:
+    ids = line(repository, 3)
+    repository.branch("main", at=ids[1], move=True)
+    more = line(repository, 3, first=10)
+    repository.handle.backend.delete(snapshot_name(more[1]))
+    repository.forget(ids=[more[1]])
+    mark = read_forgotten(repository.handle.backend, more[1])
+    assert mark is not None
+    assert mark.parents == (more[0], ids[2])
+    assert steps(repository) == [12, 10, 1, 0]
+
+
 def test_a_first_snapshot_that_is_damaged_gets_no_parents(repository: Repository) -> None:
     ids = line(repository, 3)
     spoil(repository, snapshot_name(ids[0]))
