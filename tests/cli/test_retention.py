@@ -91,7 +91,7 @@ def test_names_of_snapshots_forget_those_also_damaged_ones(run, repo: Repository
     assert refused.code == Exit.DAMAGE, "what lies behind the damage was not looked at"
     assert run("forget", damaged[:10]).code == 0
     assert run("log").code == 0
-    assert logged(run) == [5, 2, 1, 0]
+    assert logged(run) == [5, 4, 2, 1, 0]
 
 
 def test_thinning_by_age_and_by_name(run) -> None:
