@@ -7,7 +7,10 @@
     refs/branches/<encoded name>
     refs/tags/<encoded name>
     leases/<random>.lease
-    gc/<random>.condemned
+    gc/<random>.condemned           packs and snapshots that a collector will remove
+    gc/<random>.drain               the leases that were older than that, which it waits for
+    gc/<random>.collector           the claim of a collector at work
+    gc/reserve                      space that a collector needs when the disk is full
     cache/                          the index; may be deleted at any time
     .lock                           empty; locked while a branch or tag moves (local file systems)
 
@@ -31,6 +34,7 @@ BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
+RESERVE = "gc/reserve"
 CACHE = "cache/"
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -66,6 +70,26 @@ def parse_snapshot_name(name: str) -> SnapshotId | None:
 def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `leases/<random>.lease`."""
     return f"{LEASES}{random_bytes(16).hex()}.lease"
+
+
+def new_condemned_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.condemned`."""
+    return f"{GC}{random_bytes(16).hex()}.condemned"
+
+
+def is_condemned_name(name: str) -> bool:
+    """Whether the file is a condemned set."""
+    return name.startswith(GC) and name.endswith(".condemned")
+
+
+def drain_name(condemned_name: str) -> str:
+    """`gc/<random>.drain`, beside the condemned file."""
+    return condemned_name.removesuffix(".condemned") + ".drain"
+
+
+def new_collector_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.collector`."""
+    return f"{GC}{random_bytes(16).hex()}.collector"
 
 
 def branch_name(name: str) -> str:
