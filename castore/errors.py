@@ -33,6 +33,7 @@ CastoreError
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
 
 CastoreWarning                     (a UserWarning)
+├── LowSpaceWarning                the save may not fit the disk
 ├── SlowSaveWarning                saves are asked for faster than they can be written
 ├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
 └── StaleSaveWarning               the step moved, but no tensor changed
@@ -248,6 +249,10 @@ class NotFoundError(StorageError, FileNotFoundError):
 
 class CastoreWarning(UserWarning):
     """Base of everything that castore warns of."""
+
+
+class LowSpaceWarning(CastoreWarning):
+    """What a save is about to write may not fit the free space."""
 
 
 class StaleSaveWarning(CastoreWarning):

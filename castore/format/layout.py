@@ -11,7 +11,10 @@
     refs/branches/<encoded name>
     refs/tags/<encoded name>
     leases/<random>.lease
-    gc/<random>.condemned
+    gc/<random>.condemned           packs and snapshots that a collector will remove
+    gc/<random>.drain               the leases that were older than that, which it waits for
+    gc/<random>.collector           the claim of a collector at work
+    gc/reserve                      space that a collector needs when the disk is full
     cache/                          the index; may be deleted at any time
     .lock                           empty; locked while a branch or tag moves (local file systems)
 
@@ -39,6 +42,8 @@ BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
+RESERVE = "gc/reserve"
+CONDEMNED_SUFFIX, DRAIN_SUFFIX, COLLECTOR_SUFFIX = ".condemned", ".drain", ".collector"
 CACHE = "cache/"
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -108,6 +113,26 @@ def _parse_id(name: str, prefix: str) -> SnapshotId | None:
 def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `leases/<random>.lease`."""
     return f"{LEASES}{random_bytes(16).hex()}.lease"
+
+
+def new_condemned_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.condemned`."""
+    return f"{GC}{random_bytes(16).hex()}{CONDEMNED_SUFFIX}"
+
+
+def is_condemned_name(name: str) -> bool:
+    """Whether the file is a condemned set."""
+    return name.startswith(GC) and name.endswith(CONDEMNED_SUFFIX)
+
+
+def drain_name(condemned_name: str) -> str:
+    """`gc/<random>.drain`, beside the condemned file."""
+    return condemned_name.removesuffix(CONDEMNED_SUFFIX) + DRAIN_SUFFIX
+
+
+def new_collector_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.collector`."""
+    return f"{GC}{random_bytes(16).hex()}{COLLECTOR_SUFFIX}"
 
 
 def branch_name(name: str) -> str:
