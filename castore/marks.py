@@ -1,9 +1,10 @@
 """Marks: small files beside snapshots that say what became of them. The snapshot itself never changes.
 
-    forgotten/<id>   {"branch": str, "forgotten_ns": int, "parents": [snapshot id, …], "reason": str,
+    forgotten/<id>   {"branch": str, "count": int, "forgotten_ns": int, "parents": [snapshot id, …], "reason": str,
                       "step": int or null, "time_ns": int}
         The snapshot is no root any more. When gc has removed the snapshot file, the marker stays as a tombstone as
-        long as a kept snapshot descends from it, so that history goes on behind the gap.
+        long as a snapshot names it as its parent, so that history goes on behind the gap; gc draws tombstones in a row
+        together into one, whose count says how many snapshots it stands for.
     thin/<id>        {"dropped": [glob, …], "thinned_ns": int}
         The leaves whose paths match a glob are dropped from a snapshot that is kept. Its manifest stays whole, with all
         of its id lists: the digest of every dropped leaf can still be proven against the state id.
@@ -15,6 +16,7 @@ Each is a textfile.py file, written and removed by compare-and-swap. A ref that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +55,8 @@ class Forgotten:
     """When it was saved; 0 when its record could not be read."""
     forgotten_ns: int
     reason: str
+    count: int = 1
+    """How many forgotten snapshots it stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +110,34 @@ def read_forgotten(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | Non
         text_field(fields, "time_ns", int, name=name),
         text_field(fields, "forgotten_ns", int, name=name),
         text_field(fields, "reason", str, name=name),
+        text_field(fields, "count", int, name=name),
     )
 
 
 def forget_snapshot(backend: Backend, mark: Forgotten) -> bool:
     """Make the marker durable; False when the snapshot has a readable one already, which stays."""
-    data = encode_text_file(
-        {
-            "parents": list(mark.parents),
-            "branch": mark.branch,
-            "step": mark.step,
-            "time_ns": mark.time_ns,
-            "forgotten_ns": mark.forgotten_ns,
-            "reason": mark.reason,
-        }
-    )
-    return _put(backend, forgotten_name(mark.snapshot_id), data, keep=lambda: read_forgotten(backend, mark.snapshot_id))
+    keep = functools.partial(read_forgotten, backend, mark.snapshot_id)
+    return _put(backend, forgotten_name(mark.snapshot_id), _encode(mark), keep=keep)
+
+
+def replace_forgotten(backend: Backend, mark: Forgotten, *, expected: Forgotten) -> bool:
+    """Put one marker in the place of another, durably; False when another one is there than expected."""
+    if read_forgotten(backend, mark.snapshot_id) != expected:
+        return False
+    return backend.compare_and_swap(forgotten_name(mark.snapshot_id), expected=_encode(expected), new=_encode(mark))
+
+
+def _encode(mark: Forgotten) -> bytes:
+    fields = {
+        "parents": list(mark.parents),
+        "branch": mark.branch,
+        "step": mark.step,
+        "time_ns": mark.time_ns,
+        "forgotten_ns": mark.forgotten_ns,
+        "reason": mark.reason,
+        "count": mark.count,
+    }
+    return encode_text_file(fields)
 
 
 def unforget_snapshot(backend: Backend, snapshot_id: SnapshotId) -> bool:

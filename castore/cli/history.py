@@ -213,9 +213,10 @@ def _log_gap(app: App, gap: list[Forgotten]) -> None:
     """One line for snapshots that were forgotten one after another."""
     if not gap:
         return
-    steps = sorted(mark.step for mark in gap if mark.step is not None)
+    count = sum(mark.count for mark in gap)
+    steps = sorted(mark.step for mark in gap if mark.step is not None and count == len(gap))
     named = "" if not steps else f" (step {steps[0]})" if len(steps) == 1 else f" (steps {steps[0]} to {steps[-1]})"
-    app.line(f": {plural(len(gap), 'snapshot')} forgotten{named}")
+    app.line(f": {plural(count, 'snapshot')} forgotten{named}")
     gap.clear()
 
 

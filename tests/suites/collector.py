@@ -8,7 +8,7 @@ from castore.codec.base import Elements
 from castore.format.layout import pack_name, snapshot_name
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId
-from castore.marks import kept_entries
+from castore.marks import kept_entries, replace_forgotten
 from castore.roots import live_roots
 from castore.snapshots import split_ids
 from castore.store import list_packs
@@ -42,6 +42,8 @@ def collect(repository: Repository, *, grace_ns: int = LATER_NS) -> None:
     handle.store.add({pack.pack_id: pack.rows for pack in sealed})
     for pack_id in old:
         backend.delete(pack_name(pack_id))
+    for before, after in roots.contracted.values():
+        assert replace_forgotten(backend, after, expected=before)
     for name in roots.stale_marks:
         backend.delete(name)
     handle.store.rebuild()
