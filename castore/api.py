@@ -469,6 +469,7 @@ class Repository:
         self,
         dry_run: bool = False,  # noqa: FBT001, FBT002  repo.gc(True) reads as what it is
         *,
+        auto: bool = False,
         repack_below: float = REPACK_BELOW,
         repack_bytes_max: int = REPACK_BYTES_MAX,
         wait_s: float | None = None,
@@ -478,6 +479,9 @@ class Repository:
 
         Args:
             dry_run: say what would be freed, and change nothing.
+            auto: apply the stored policy first, then collect only when listings say that there is something to free,
+                and once a day; else return None. Cheap enough for every minute. With `dry_run` the policy is left alone
+                (`apply_policy` has a dry run of its own).
             repack_below: packs of which a smaller share is live are rewritten; 0 only deletes packs in which nothing is
                 live. repack_bytes_max: what one collection copies at most.
             wait_s: how long to wait for saves that began before; what they hold up is left to the next collection. By
@@ -489,10 +493,18 @@ class Repository:
         DamageError, having freed nothing, when a ref, snapshot or manifest cannot be read.
         """
         from castore.maintenance.gc.collect import GcRequest, collect
+        from castore.maintenance.policy import apply_policy, collection_is_due, note_collected
 
         self._settle()
         request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
-        return collect(self._handle, request, progress=progress or (lambda *_: None))
+        if auto and not dry_run:
+            apply_policy(self._handle)
+        if auto and not collection_is_due(self._handle):
+            return None
+        report = collect(self._handle, request, progress=progress or (lambda *_: None))
+        if auto and not dry_run:
+            note_collected(self._handle)
+        return report
 
     def reindex(self, *, progress: Progress | None = None) -> Any:
         """Build the index again from the packs."""

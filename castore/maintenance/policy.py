@@ -4,8 +4,9 @@
                       "thin": {"globs": [glob, …], "older_than": int or text} or null}
     policy-applied   {"applied_ns": int}: when it was applied last. Saves since then are the snapshot files written
                      after this one, by the backend's clock, so that writers in several processes count together.
+    policy-collected {"collected_ns": int}: when `gc --auto` last looked for what can be freed.
 
-Both are textfile.py files, moved by compare-and-swap. Applying writes marks and frees nothing; gc does.
+They are textfile.py files, moved by compare-and-swap. Applying writes marks and frees nothing; gc does.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from datetime import timedelta
 from typing import Any
 
 from castore.backend.base import Backend
-from castore.errors import FormatError, NotFoundError, UsageError
-from castore.format.layout import POLICY, POLICY_APPLIED, SNAPSHOTS
+from castore.errors import DamageError, FormatError, NotFoundError, UsageError
+from castore.format.layout import ORPHANS, POLICY, POLICY_APPLIED, POLICY_COLLECTED, SNAPSHOTS, THIN
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
+from castore.leases import read_condemned
 from castore.maintenance.forget import ForgetReport, Progress, forget_by_policy
 from castore.maintenance.retention import Keep, duration_text
 from castore.maintenance.thin import Age, ThinReport, check_age, check_globs, thin_old
+from castore.marks import forgotten_ids
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.repository import Handle
+from castore.snapshots import list_snapshot_ids
+
+_COLLECT_EVERY_NS = 24 * 3600 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,38 @@ def apply_policy(handle: Handle, *, dry_run: bool = False, progress: Progress | 
             dry_run=dry_run,
         )
     return PolicyReport(forget, thin)
+
+
+# ---- gc --auto -------------------------------------------------------------------------------------------------
+
+
+def collection_is_due(handle: Handle) -> bool:
+    """Whether an automatic collection has something to do, as far as listings tell.
+
+    It has while a forgotten snapshot or a condemned file is there, and when something was thinned or a ref was taken
+    away since it last looked; else once a day, for what crashed saves left and for orphans whose grace is over.
+    """
+    backend = handle.backend
+    if forgotten_ids(backend) & frozenset(list_snapshot_ids(backend)) or read_condemned(backend):
+        return True
+    last = backend.stat(POLICY_COLLECTED)
+    if last is None or handle.clock() - _collected_ns(backend) >= _COLLECT_EVERY_NS:
+        return True
+    return any(info.modified_ns > last.modified_ns for prefix in (THIN, ORPHANS) for info in backend.list(prefix))
+
+
+def note_collected(handle: Handle) -> None:
+    """Write down that an automatic collection has looked."""
+    _replace(handle.backend, POLICY_COLLECTED, encode_text_file({"collected_ns": handle.clock()}))
+
+
+def _collected_ns(backend: Backend) -> int:
+    """0 when it cannot be read: to look once more harms nobody."""
+    try:
+        fields = decode_text_file(backend.read(POLICY_COLLECTED, max_bytes=TEXT_FILE_BYTES_MAX), name=POLICY_COLLECTED)
+        return int(text_field(fields, "collected_ns", int, name=POLICY_COLLECTED))
+    except (DamageError, NotFoundError):
+        return 0
 
 
 def _replace(backend: Backend, name: str, new: bytes | None) -> bool:
