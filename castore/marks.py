@@ -36,6 +36,7 @@ from castore.format.layout import (
 )
 from castore.format.manifest import Entry, Kind
 from castore.format.paths import compile_glob, last_component, parent_of
+from castore.format.snapshot import TIME_NS_MAX
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
 from castore.ids import SNAPSHOT_ID_DIGITS, SnapshotId, is_hex
 from castore.options import TEXT_FILE_BYTES_MAX
@@ -101,16 +102,18 @@ def read_forgotten(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | Non
     parents = text_field(fields, "parents", list, name=name)
     if not all(isinstance(parent, str) and len(parent) in SNAPSHOT_ID_DIGITS and is_hex(parent) for parent in parents):
         raise FormatError(f"{name}: expected snapshot ids as parents, found {parents!r:.80}")
-    step = None if fields.get("step") is None else text_field(fields, "step", int, name=name)
+    count = text_field(fields, "count", int, name=name)
+    if count < 1:
+        raise FormatError(f"{name}: expected a count of 1 or more, found {count}")
     return Forgotten(
         snapshot_id,
         tuple(SnapshotId(parent) for parent in parents),
         text_field(fields, "branch", str, name=name),
-        step,
-        text_field(fields, "time_ns", int, name=name),
-        text_field(fields, "forgotten_ns", int, name=name),
+        None if fields.get("step") is None else text_field(fields, "step", int, name=name),
+        _time_ns(fields, "time_ns", name),
+        _time_ns(fields, "forgotten_ns", name),
         text_field(fields, "reason", str, name=name),
-        text_field(fields, "count", int, name=name),
+        count,
     )
 
 
@@ -167,7 +170,7 @@ def read_thinning(backend: Backend, snapshot_id: SnapshotId) -> Thinning | None:
     dropped = text_field(fields, "dropped", list, name=name)
     if not dropped or not all(isinstance(glob, str) for glob in dropped):
         raise FormatError(f"{name}: expected globs, found {dropped!r:.80}")
-    return Thinning(snapshot_id, tuple(dropped), text_field(fields, "thinned_ns", int, name=name))
+    return Thinning(snapshot_id, tuple(dropped), _time_ns(fields, "thinned_ns", name))
 
 
 def thin_snapshot(backend: Backend, mark: Thinning) -> bool:
@@ -260,7 +263,7 @@ def note_orphan(backend: Backend, snapshot_id: SnapshotId, *, now_ns: int) -> No
 def _orphan_since(backend: Backend, snapshot_id: SnapshotId) -> int | None:
     name = orphan_name(snapshot_id)
     fields = _read(backend, name)
-    return None if fields is None else int(text_field(fields, "since_ns", int, name=name))
+    return None if fields is None else _time_ns(fields, "since_ns", name)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -307,6 +310,13 @@ def _read(backend: Backend, name: str) -> dict[str, Any] | None:
         return decode_text_file(backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX), name=name)
     except NotFoundError:
         return None
+
+
+def _time_ns(fields: dict[str, Any], key: str, name: str) -> int:
+    found = int(text_field(fields, key, int, name=name))
+    if not 0 <= found <= TIME_NS_MAX:
+        raise FormatError(f"{name}: {key} {found} is no time before the year 10000")
+    return found
 
 
 def _put(backend: Backend, name: str, data: bytes, *, keep: Callable[[], object]) -> bool:
