@@ -13,6 +13,7 @@ from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, de
 from castore.format.snapshot import SnapshotRecord
 from castore.hashing import Hasher
 from castore.ids import ChunkId
+from castore.marks import Thinning
 from castore.options import PART_CHUNKS_MAX
 from castore.snapshots import Leaf
 from castore.store import ChunkStore
@@ -69,15 +70,20 @@ def split_ids(packed: bytes, id_bytes: int) -> list[ChunkId]:
     return [ChunkId(packed[start : start + id_bytes]) for start in range(0, len(packed), id_bytes)]
 
 
-def leaf_table(entries: Sequence[Entry], hasher: Hasher) -> tuple[Leaf, ...]:
+def leaf_table(entries: Sequence[Entry], hasher: Hasher, thinning: Thinning | None = None) -> tuple[Leaf, ...]:
     """The leaves among the entries, hidden storages left out."""
-    return tuple(_leaf(entry, hasher) for entry in entries if not entry.is_container and entry.kind is not Kind.STORAGE)
+    return tuple(
+        _leaf(entry, hasher, dropped=thinning is not None and thinning.drops(entry.path))
+        for entry in entries
+        if not entry.is_container and entry.kind is not Kind.STORAGE
+    )
 
 
-def _leaf(entry: Entry, hasher: Hasher) -> Leaf:
+def _leaf(entry: Entry, hasher: Hasher, *, dropped: bool) -> Leaf:
     digest = "" if entry.kind is Kind.ALIAS else entry_digest(hasher, entry).hex()
     count = len(entry.chunks or b"") // hasher.digest_bytes
-    return Leaf(entry.path, entry.kind.name.lower(), entry.dtype, entry.shape, entry.raw_bytes, count, digest)
+    kind = entry.kind.name.lower()
+    return Leaf(entry.path, kind, entry.dtype, entry.shape, entry.raw_bytes, count, digest, dropped)
 
 
 def check_paths(entries: Sequence[Entry], *, where: str) -> None:

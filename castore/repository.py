@@ -10,20 +10,22 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 
 from castore.backend.base import Backend
+from castore.errors import CastoreError
 from castore.format.config import Config
-from castore.format.layout import CONFIG
+from castore.format.layout import CONFIG, RESERVE
 from castore.hashing import Hasher, hasher_for
 from castore.host_memory import BaseMemory, BufferPool, MakeSlab
 from castore.ids import SnapshotId
 from castore.index import Index, MemoryIndex, open_index
 from castore.manifests import ManifestReader
 from castore.opening import create_at, open_at
-from castore.options import RepositoryOptions
+from castore.options import GC_RESERVE_BYTES, RepositoryOptions
 from castore.store import ChunkStore
 
 Clock = Callable[[], int]
@@ -137,7 +139,18 @@ class Handle:
 
 def create(path: str | Path, options: RepositoryOptions, *, clock: Clock = time.time_ns) -> Handle:
     """Create a repository (opening.py says what it raises) and open it."""
-    return Handle(*create_at(path, options, now_ns=clock()), clock=clock)
+    backend, config = create_at(path, options, now_ns=clock())
+    make_reserve(backend)
+    return Handle(backend, config, clock=clock)
+
+
+def make_reserve(backend: Backend) -> None:
+    """Set a little space aside, where that is still to do: a collector spends it when the disk is full. Without space
+    for it there is none.
+    """
+    if backend.stat(RESERVE) is None:
+        with suppress(CastoreError):
+            backend.put_if_absent(RESERVE, os.urandom(GC_RESERVE_BYTES))  # noise: no file system shrinks it
 
 
 def open_repository(path: str | Path, *, clock: Clock = time.time_ns) -> Handle:

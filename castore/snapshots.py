@@ -17,6 +17,7 @@ from castore.format.layout import SNAPSHOTS, parse_snapshot_name, snapshot_name
 from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snapshot
 from castore.hashing import Hasher
 from castore.ids import SnapshotId, StateId
+from castore.marks import Thinning, forgotten_ids, read_forgotten
 from castore.options import SNAPSHOT_BYTES_MAX
 
 
@@ -35,6 +36,8 @@ class Leaf:
     """0 for a leaf that lives in the manifest."""
     digest: str
     """Hex digest of the leaf's bytes: equal digests, equal bytes. Empty for an alias."""
+    dropped: bool = False
+    """Whether thinning took it from this snapshot; its digest stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class Snapshot:
     leaf_count: int
     software: str
     _read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]] = field(repr=False, compare=False)
+    dropped: tuple[str, ...] = field(default=(), compare=False)
+    """Globs of the leaves that thinning dropped, as of when this value was made; empty: the snapshot is whole."""
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -69,7 +74,10 @@ class Snapshot:
 
 
 def make_snapshot(
-    snapshot_id: SnapshotId, record: SnapshotRecord, read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]]
+    snapshot_id: SnapshotId,
+    record: SnapshotRecord,
+    read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]],
+    thinning: Thinning | None = None,
 ) -> Snapshot:
     """The public value for a record."""
     return Snapshot(
@@ -88,6 +96,7 @@ def make_snapshot(
         record.leaf_count,
         record.software,
         read_leaves,
+        thinning.dropped if thinning is not None else (),
     )
 
 
@@ -126,8 +135,14 @@ def list_snapshot_ids(backend: Backend, *, prefix: str = "") -> Iterator[Snapsho
 
 
 def ancestry(backend: Backend, start: SnapshotId) -> Iterator[tuple[SnapshotId, SnapshotRecord]]:
-    """The snapshot and its first parents, newest first; ends at the first one or where a parent is gone."""
+    """The snapshot and its first parents, newest first; ends at the first one or where a parent is gone.
+
+    Forgotten snapshots are passed over, whether or not they have been collected, and history goes on behind them; only
+    `start` is taken as it is.
+    """
     current: SnapshotId | None = start
+    forgotten: frozenset[SnapshotId] | None = None
+    passed: set[SnapshotId] = set()
     while current is not None:
         try:
             record = read_record(backend, current)
@@ -137,3 +152,13 @@ def ancestry(backend: Backend, start: SnapshotId) -> Iterator[tuple[SnapshotId, 
             return
         yield current, record
         current = record.parents[0] if record.parents else None
+        while current is not None and current not in passed:
+            if forgotten is None:
+                forgotten = forgotten_ids(backend)
+            mark = read_forgotten(backend, current) if current in forgotten else None
+            if mark is None:
+                break
+            passed.add(current)  # a snapshot cannot name itself as an ancestor, a marker might
+            current = mark.parents[0] if mark.parents else None
+        else:
+            return

@@ -17,6 +17,7 @@ from castore.format.pack import (
     TRAILER_BYTES,
     PackHeader,
     Row,
+    Trailer,
     aligned,
     decode_header,
     decode_record_header,
@@ -43,8 +44,23 @@ def read_header(reader: RangeReader, *, where: str, expected_id: PackId | None =
     return header
 
 
+@dataclass(frozen=True, slots=True)
+class RawTable:
+    """The table of a pack, not taken apart."""
+
+    header: PackHeader
+    trailer: Trailer
+    data: bytes
+
+
 def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: Hasher) -> list[Row]:
     """Every row of the pack, from its trailer and table. Raises DamageError when either cannot be trusted."""
+    table = read_raw_table(reader, where=where, expected_id=expected_id, hasher=hasher)
+    return decode_table(table.data, table.trailer, id_bytes=hasher.digest_bytes, where=where)
+
+
+def read_raw_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: Hasher) -> RawTable:
+    """Header, trailer and the bytes between, of which decode_table compares the checksum. Raises DamageError."""
     id_bytes = hasher.digest_bytes
     if reader.size_bytes < HEADER_BYTES + TRAILER_BYTES:
         raise FormatError(
@@ -61,7 +77,7 @@ def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: 
     if trailer.pack_id != expected_id:
         raise ChecksumError(f"{where}: expected the trailer of pack {expected_id}, found {trailer.pack_id}")
     table = reader.read(trailer.table_offset, table_bytes(trailer, id_bytes=id_bytes))
-    return decode_table(table, trailer, id_bytes=id_bytes, where=where)
+    return RawTable(header, trailer, table)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ class HookedBackend:
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(self.inner, attribute)
-        if not callable(value) or attribute == "local_path":
+        if not callable(value) or attribute in ("local_path", "free_bytes"):
             return value
 
         def call(name: str, *args: Any, **options: Any) -> Any:
