@@ -288,6 +288,7 @@ def _account(survey: Survey, *, gone: Collection[PackId]) -> dict[str, Any]:
         "wasted_bytes": sum(state.wasted_bytes for state in states if state.pack_id not in gone),
         "snapshot_count": len(survey.roots.live),
         "chunk_count": ledger.live_count,
+        "ledger_bytes": ledger.nbytes,
     }
 
 
