@@ -277,7 +277,7 @@ def move_by_hand(backend: MemoryBackend, target: SnapshotId) -> bool:
 def test_two_collectors_exclude_each_other_and_the_second_hears_of_the_first() -> None:
     backend, _ = doomed()
     claim = backend.claim(new_collector_name(), claim_text("gc", 1))
-    with pytest.raises(LeaseError, match="process [0-9]+ on"):
+    with pytest.raises(LeaseError, match=r"process [0-9]+ on"):
         gc(open_on(backend))
     claim.release()
     assert gc(open_on(backend)).snapshots
