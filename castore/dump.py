@@ -5,7 +5,7 @@ as can be read is decoded; what is wrong stands in "problems". Ids are hex. The 
 
     pack        header, trailer, records (from the table, else from a scan) and gaps
     snapshot    every field of the record
-    text files  config, branch, tag, lease, condemned set: their fields
+    text files  config, branch, tag, lease, condemned set, marks, policy: their fields
     index       the LMDB file and its guard are named only; `castore reindex` builds them again
 """
 
@@ -330,6 +330,10 @@ def _text_kind(fields: Mapping[str, Any], where: str) -> str:
         ("ref", {"name", "snapshot"}),
         ("lease", {"pid", "host"}),
         ("condemned", {"condemned_ns", "packs"}),
+        ("forgotten", {"forgotten_ns", "parents"}),
+        ("thinned", {"thinned_ns", "dropped"}),
+        ("orphan", {"since_ns"}),
+        ("policy", {"keep", "thin", "every_saves"}),
     ):
         if keys <= fields.keys():
             return kind

@@ -38,6 +38,7 @@ from castore.maintenance.gc.litter import (
     remove_dead_leases,
     remove_marks,
     remove_stale_drains,
+    remove_stale_marks,
     remove_temporaries,
 )
 from castore.maintenance.gc.plan import PackPlan, plan_packs
@@ -243,7 +244,7 @@ class _Collection:
         temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
-        marks = remove_marks(backend, survey.roots.stale_marks)
+        marks = remove_stale_marks(backend, survey.roots)
         if young is not None:
             self._pending.append(young)
         if leases:
