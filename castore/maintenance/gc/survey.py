@@ -52,6 +52,11 @@ class Survey:
         self.roots, self.dead = self._look_at_roots()
         self._add_packs(list_new_packs(self._handle, self.ledger))
 
+    def add_new_packs(self) -> None:
+        """Take packs into account that this collection has written."""
+        self._add_packs(list_new_packs(self._handle, self.ledger))
+        self.settle(self._condemned)
+
     def settle(self, going: Iterable[PackId]) -> None:
         """Decide which records are relied on when these packs are going."""
         self.ledger.settle(going)
