@@ -98,6 +98,11 @@ def _show(app: App, report: TransferReport, *, there: str) -> None:
         app.line(f"… and {len(renamed) - _SHOWN_SNAPSHOTS_MAX} more; --json lists all")
     if plan.gaps:
         app.note(f"note: {plural(len(plan.gaps), 'parent')} of these snapshots are gone here: history ends there")
+    if plan.left_out:
+        app.note(
+            f"note: {plural(len(plan.left_out), 'thinned snapshot')} left out: what was dropped of them cannot be "
+            "hashed again"
+        )
     if report.is_dry_run:
         bound = "" if plan.is_exact else "at most "
         app.line(

@@ -16,26 +16,31 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from castore.backend.base import Backend
 from castore.checkpoint.bases import candidates
 from castore.checkpoint.plan import plan_manifest
 from castore.errors import (
     CastoreError,
     ConflictError,
-    DamageError,
     FormatError,
+    NotFoundError,
     SnapshotGoneError,
     UnknownRefError,
     UsageError,
 )
 from castore.format.identity import state_id
-from castore.format.layout import snapshot_name
+from castore.format.layout import CONFIG, snapshot_name
 from castore.format.manifest import Entry
 from castore.format.snapshot import SnapshotRecord, encode_snapshot
-from castore.ids import Buffer, ChunkId, SnapshotId
+from castore.ids import ChunkId, SnapshotId
 from castore.leases import writer_lease
+from castore.marks import kept_entries, read_thinning
+from castore.options import SNAPSHOT_BYTES_MAX
 from castore.refs import create_tag, move_branch, read_branch, read_tag
 from castore.repository import Handle
-from castore.snapshots import check_paths, list_snapshot_ids, read_record
+from castore.snapshots import check_paths, read_record
+from castore.transfer.arrivals import Arrivals
+from castore.transfer.history import History
 from castore.transfer.moved import MovedSnapshots
 from castore.transfer.needs import leaf_needs, manifest_needs, run_leaves
 from castore.transfer.plan import RefMove, TransferPlan, plan_transfer
@@ -90,7 +95,7 @@ def transfer(
 ) -> TransferReport:
     """Send snapshots and move refs. See `Repository.push`."""
     check_request(request)
-    if source.backend.location == target.backend.location:
+    if _is_same(source.backend, target.backend):
         raise UsageError(f"{target.backend.location}: both sides are the same repository")
     target.config.check_features("write", where=target.backend.location)
     if dry_run:
@@ -110,7 +115,7 @@ def transfer(
             progress=meter.advance,
             pack_bytes_max=pack_bytes_max,
         )
-        run = _Run(sender, moved, now_ns, check=request.check)
+        run = _Run(sender, plan, moved, now_ns, check=request.check)
         try:
             run.send_all(plan)
             run.settle(plan)
@@ -122,10 +127,18 @@ def transfer(
     return TransferReport(plan, run.sent, heads, sender.sent_count, sender.sent_raw_bytes, sender.stored_bytes)
 
 
+def _is_same(source: Backend, target: Backend) -> bool:
+    """Whether both are one repository, also by another path."""
+    paths = [backend.local_path(CONFIG) for backend in (source, target)]
+    if paths[0] is None or paths[1] is None:
+        return source is target
+    return paths[0].exists() and paths[1].exists() and paths[0].samefile(paths[1])
+
+
 class _Run:
     """One push or pull under way."""
 
-    def __init__(self, sender: Sender, moved: MovedSnapshots, now_ns: int, *, check: bool) -> None:
+    def __init__(self, sender: Sender, plan: TransferPlan, moved: MovedSnapshots, now_ns: int, *, check: bool) -> None:
         self.sent: dict[SnapshotId, SnapshotId] = {}
         self._sender = sender
         self._source, self._target = sender.source, sender.target
@@ -134,8 +147,9 @@ class _Run:
         self._check = check
         self._digests: Digests = {}
         self._learned: set[SnapshotId] = set()
-        self._files: dict[SnapshotId, bytes] = {}
-        """Snapshot files of the target that wait for their chunks to be sealed, by their id there."""
+        self._heads = {move.source_id for move in plan.moves}
+        self._history = History(self._source, self._heads, left_out=frozenset(plan.left_out))
+        self._arrivals = Arrivals(self._target.backend, plan.tombstones, now_ns=now_ns, check=check)
 
     # ---- snapshots -------------------------------------------------------------------------------------------
 
@@ -143,21 +157,16 @@ class _Run:
         """Send what the target lacks; look at the rest too where it cannot be taken for whole unseen."""
         missing = frozenset(plan.missing)
         for snapshot_id in plan.snapshots:
-            if snapshot_id in missing or self._check or self._sender.sees_condemned:
+            if snapshot_id in missing or self._check or self._sender.there.sees_condemned:
                 self._send(snapshot_id)
         self._publish()
 
     def settle(self, plan: TransferPlan) -> None:
         """Publish, then check: go over all snapshots again until nothing that they rest on has changed."""
-        while self._sender.look_again() or not self._stands(plan):
+        while self._sender.there.look_again() or not self._arrivals.stand():
             for snapshot_id in plan.snapshots:
                 self._send(snapshot_id)
             self._publish()
-
-    def _stands(self, plan: TransferPlan) -> bool:
-        """Whether no snapshot file was collected before its ref was visible."""
-        expected = {self._moved.find(snapshot_id) for snapshot_id in plan.snapshots}
-        return expected <= set(list_snapshot_ids(self._target.backend))
 
     def _send(self, snapshot_id: SnapshotId) -> None:
         """Send the chunks of one snapshot; its file waits until they are durable."""
@@ -170,11 +179,15 @@ class _Run:
         except CastoreError as error:
             error.args = (f"snapshot {snapshot_id[:12]}: {error}", *error.args[1:])
             raise
-        if self._moved.find(snapshot_id) is None:
-            self.sent[snapshot_id] = target_id
+        is_new = self._moved.find(snapshot_id) is None
         self._moved.note(snapshot_id, target_id)
-        self._files[target_id] = data
-        if self._sender.open_bytes >= PUSH_PACK_BYTES_MAX or len(self._files) >= _PENDING_SNAPSHOTS_MAX:
+        if is_new and self._arrivals.was_dropped(target_id) and snapshot_id not in self._heads:
+            return  # under another hash its id there comes out only now
+        if is_new:
+            self.sent[snapshot_id] = target_id
+        parents = (self._moved.find(parent) for parent in record.parents)
+        self._arrivals.add(target_id, data, parents=[parent for parent in parents if parent is not None])
+        if self._sender.open_bytes >= PUSH_PACK_BYTES_MAX or self._arrivals.waiting_count >= _PENDING_SNAPSHOTS_MAX:
             self._publish()
 
     def _send_chunks(
@@ -183,7 +196,8 @@ class _Run:
         """The id at the target and the bytes of the file."""
         source, sender = self._source, self._sender
         id_bytes = source.hasher.digest_bytes
-        needs = leaf_needs(entries, id_bytes=id_bytes)
+        kept = self._kept(snapshot_id, entries)
+        needs = leaf_needs(kept, id_bytes=id_bytes)
         if sender.same_hash:
             needs |= manifest_needs(record, entries, id_bytes=id_bytes)
         else:
@@ -191,23 +205,39 @@ class _Run:
             if state_id(source.hasher, entries) != record.state_id:
                 raise FormatError("its leaves do not have the state id that its file gives; run `castore verify`")
             self._learn(snapshot_id)
-            for parent in record.parents:
+            for parent in self._history.parents(snapshot_id):
                 self._learn(parent)
         if self._target.config.options.compression == "none":
-            for entry in run_leaves(entries):
+            for entry in run_leaves(kept):
                 sender.send_run(entry)
-        sender.send(needs, bases=self._bases(record, entries))
+        sender.send(needs, bases=self._bases(record, kept))
         if sender.same_hash:
             return snapshot_id, self._file_of(snapshot_id)
         return self._rehashed(snapshot_id, record, entries)
 
+    def _kept(self, snapshot_id: SnapshotId, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """The entries whose chunks travel: a thinned snapshot goes with its overlay and what it keeps.
+
+        One that the target has already is what the target made of it, as far as the source can say.
+        """
+        overlay = read_thinning(self._source.backend, snapshot_id)
+        target_id = self._moved.find(snapshot_id)
+        if target_id is None or self._arrivals.has_overlay(target_id):
+            if overlay is not None:
+                self._arrivals.add_overlay(overlay)
+            return kept_entries(entries, overlay)
+        there = kept_entries(entries, read_thinning(self._target.backend, target_id))
+        if overlay is None:
+            return there
+        paths = {entry.path for entry in kept_entries(entries, overlay)}
+        return [entry for entry in there if entry.path in paths]
+
     def _file_of(self, snapshot_id: SnapshotId) -> bytes:
         """The file of the source, byte for byte; it was decoded, and its digest compared, before."""
-        backend = self._source.backend
-        info = backend.stat(snapshot_name(snapshot_id))
-        if info is None:
-            raise SnapshotGoneError("it was collected at the source just now")
-        return backend.read(snapshot_name(snapshot_id), max_bytes=info.size_bytes)
+        try:
+            return self._source.backend.read(snapshot_name(snapshot_id), max_bytes=SNAPSHOT_BYTES_MAX)
+        except NotFoundError as error:
+            raise SnapshotGoneError("it was collected at the source just now") from error
 
     def _bases(self, record: SnapshotRecord, entries: Sequence[Entry]) -> Mapping[ChunkId, ChunkId]:
         """What a chunk that is encoded anew may rest on: the chunk at its place in the parent."""
@@ -227,7 +257,7 @@ class _Run:
         manifest = plan_manifest(changed, hasher)
         for made in manifest.sources.values():
             sender.put(bytes(made.read()), kind=made.kind)
-        found = (self._moved.find(parent) for parent in record.parents)
+        found = (self._moved.find(parent) for parent in self._history.parents(snapshot_id))
         parents = [parent for parent in found if parent is not None]
         new = rehashed_record(record, snapshot_id, changed, parents=parents, part_ids=manifest.part_ids, hasher=hasher)
         known = self._moved.find(snapshot_id)
@@ -252,21 +282,9 @@ class _Run:
             learn_pairs(old, new, self._sender.ids, self._digests, widths=widths)
 
     def _publish(self) -> None:
-        """Seal the packs, then make the waiting snapshots visible, parents first."""
+        """Seal the packs, then make the waiting snapshots visible."""
         self._sender.seal()
-        for snapshot_id, data in self._files.items():
-            self._write_file(snapshot_id, data)
-        self._files.clear()
-
-    def _write_file(self, snapshot_id: SnapshotId, data: Buffer) -> None:
-        name, backend = snapshot_name(snapshot_id), self._target.backend
-        if backend.put_if_absent(name, data) or not self._check:
-            return
-        try:
-            read_record(backend, snapshot_id)
-        except DamageError:
-            backend.delete(name)
-            backend.put_if_absent(name, data)
+        self._arrivals.publish()
 
     # ---- refs ------------------------------------------------------------------------------------------------
 
@@ -279,6 +297,7 @@ class _Run:
             read_record(self._target.backend, target_id)  # no ref to a file that is rotten there
             if move.action != "same":
                 self._move(move, target_id)
+            self._arrivals.revive(target_id)
             heads[f"{'tags' if move.kind == 'tag' else 'heads'}/{move.name}"] = target_id
             if move.kind == "branch":
                 self._target.note_head(move.name, target_id)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from castore.checkpoint.bases import closure
-from castore.errors import DamageError, DivergedError, RefExistsError, UnknownRefError
+from castore.errors import DamageError, DivergedError, RefExistsError, UsageError
+from castore.format.manifest import Entry
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, SnapshotId
 from castore.leases import condemned_packs
+from castore.marks import Forgotten, forgotten, kept_entries, read_thinning, thinned_ids
 from castore.refs import check_free, read_branch, read_tag
 from castore.repository import Handle
-from castore.snapshots import read_record
+from castore.transfer.history import NOT_SENT, History
 from castore.transfer.moved import MovedSnapshots
 from castore.transfer.needs import leaf_needs, manifest_needs
 from castore.transfer.request import RefKind, TransferRequest, WantedRef, wanted_refs
@@ -43,8 +45,13 @@ class TransferPlan:
     missing: tuple[SnapshotId, ...]
     """Those of them that the target lacks, in the same order."""
     moves: tuple[RefMove, ...]
+    tombstones: tuple[Forgotten, ...]
+    """Marks that the target needs so that its history goes on behind, or ends openly at, snapshots that are not sent;
+    none under another hash, where parents are named anew."""
     gaps: tuple[SnapshotId, ...]
-    """Parents that are gone at the source: history ends there."""
+    """Parents that are gone at the source without a trace: history ends there."""
+    left_out: tuple[SnapshotId, ...]
+    """Thinned snapshots: leaves that were dropped cannot be hashed again, so they cannot change their hash."""
     chunk_count: int
     """To send, at most: under another hash the target's chunks are known only when the source's were read."""
     raw_bytes: int
@@ -68,7 +75,9 @@ class TransferPlan:
                 }
                 for move in self.moves
             ],
+            "tombstones": [mark.snapshot_id for mark in self.tombstones],
             "gaps": list(self.gaps),
+            "left_out": list(self.left_out),
             "chunk_count": self.chunk_count,
             "raw_bytes": self.raw_bytes,
             "stored_bytes": self.stored_bytes,
@@ -79,98 +88,50 @@ class TransferPlan:
 def plan_transfer(source: Handle, target: Handle, request: TransferRequest, moved: MovedSnapshots) -> TransferPlan:
     """Read both sides and decide; nothing is written.
 
-    Raises RefError, DivergedError, RefExistsError (a tag that names something else, a branch with the name of a tag) or
-    DamageError (a snapshot of the source that cannot be read).
+    What the target has forgotten by its own policy is not sent again, unless a ref is to name it.
+
+    Raises RefError, DivergedError, RefExistsError (a tag that names something else, a branch with the name of a tag),
+    UsageError (the head of a ref cannot change its hash) or DamageError (a snapshot of the source that cannot be read).
     """
     wanted = wanted_refs(source.backend, request)
-    history = _History(source)
-    snapshots = history.parents_first([ref.snapshot_id for ref in wanted], depth=request.depth)
+    heads = [ref.snapshot_id for ref in wanted]
+    thinned = frozenset[SnapshotId]() if moved.same_hash else thinned_ids(source.backend)
+    for ref in wanted:
+        if ref.snapshot_id in thinned:
+            raise UsageError(
+                f"{ref.kind} {ref.name!r} names snapshot {ref.snapshot_id[:12]}, which is thinned: leaves that were "
+                "dropped cannot be hashed again, so it cannot go to a repository with another hash; send other refs"
+            )
+    history = History(source, heads, left_out=thinned)
+    chosen = history.parents_first(heads, depth=request.depth)
     moves = tuple(_plan_move(target, ref, history, moved, force=request.force) for ref in wanted)
+    refused = _forgotten_there(target, heads, moved)
+    snapshots = tuple(snapshot_id for snapshot_id in chosen if moved.find(snapshot_id) or snapshot_id not in refused)
     missing = tuple(snapshot_id for snapshot_id in snapshots if moved.find(snapshot_id) is None)
     chunk_count, raw_bytes, stored_bytes = _work(source, target, history, missing, moved)
-    gaps = tuple(sorted(history.gaps))
-    return TransferPlan(tuple(snapshots), missing, moves, gaps, chunk_count, raw_bytes, stored_bytes, moved.same_hash)
+    return TransferPlan(
+        snapshots,
+        missing,
+        moves,
+        history.tombstones(snapshots, now_ns=target.clock()) if moved.same_hash else (),
+        tuple(sorted(history.gaps)),
+        tuple(sorted(history.passed & thinned)),
+        chunk_count,
+        raw_bytes,
+        stored_bytes,
+        moved.same_hash,
+    )
 
 
-class _History:
-    """Records of the source, each read once."""
-
-    def __init__(self, source: Handle) -> None:
-        self._source = source
-        self._records: dict[SnapshotId, SnapshotRecord | None] = {}
-        self.gaps: set[SnapshotId] = set()
-
-    def record(self, snapshot_id: SnapshotId) -> SnapshotRecord | None:
-        """None when it is gone. Raises DamageError."""
-        if snapshot_id not in self._records:
-            try:
-                self._records[snapshot_id] = read_record(self._source.backend, snapshot_id)
-            except UnknownRefError:
-                self._records[snapshot_id] = None
-        return self._records[snapshot_id]
-
-    def parents_first(self, heads: Sequence[SnapshotId], *, depth: int | None) -> list[SnapshotId]:
-        """The heads and their ancestors, at most `depth` levels of each."""
-        chosen: dict[SnapshotId, None] = {}
-        level = list(dict.fromkeys(heads))
-        count = 0
-        while level and (depth is None or count < depth):
-            chosen.update(dict.fromkeys(level))
-            parents = (parent for snapshot_id in level for parent in self._parents(snapshot_id))
-            level = [parent for parent in dict.fromkeys(parents) if parent not in chosen]
-            count += 1
-        for head in heads:
-            if self.record(head) is None:
-                raise UnknownRefError(
-                    f"{self._source.backend.location} has no snapshot {head}: its ref names one that is gone"
-                )
-        present = {snapshot_id for snapshot_id in chosen if self.record(snapshot_id) is not None}
-        self.gaps |= chosen.keys() - present
-        return list(self._ordered(present, heads))
-
-    def _parents(self, snapshot_id: SnapshotId) -> tuple[SnapshotId, ...]:
-        try:
-            record = self.record(snapshot_id)
-        except DamageError as error:
-            error.args = (
-                f"{error}; history before it cannot be sent: give `--depth`, or forget that snapshot",
-                *error.args[1:],
-            )
-            raise
-        return record.parents if record is not None else ()
-
-    def _ordered(self, present: set[SnapshotId], heads: Iterable[SnapshotId]) -> Iterator[SnapshotId]:
-        done: set[SnapshotId] = set()
-        for head in heads:
-            stack = [(head, False)]
-            while stack:
-                snapshot_id, is_ready = stack.pop()
-                if snapshot_id in done or snapshot_id not in present:
-                    continue
-                if is_ready:
-                    done.add(snapshot_id)
-                    yield snapshot_id
-                else:
-                    stack.append((snapshot_id, True))
-                    stack.extend((parent, False) for parent in self._parents(snapshot_id))
-
-    def reaches(self, head: SnapshotId, wanted: SnapshotId, moved: MovedSnapshots) -> bool:
-        """Whether the target's snapshot `wanted` stands for `head` or one of its ancestors."""
-        seen: set[SnapshotId] = set()
-        pending = [head]
-        while pending:
-            snapshot_id = pending.pop()
-            if snapshot_id in seen:
-                continue
-            seen.add(snapshot_id)
-            # A gap of the source is an ancestor all the same: its child names it.
-            if moved.find(snapshot_id) == wanted or (moved.same_hash and snapshot_id == wanted):
-                return True
-            pending.extend(self._parents(snapshot_id))
-        return False
+def _forgotten_there(target: Handle, heads: Collection[SnapshotId], moved: MovedSnapshots) -> frozenset[SnapshotId]:
+    """What the target has dropped on purpose, by its id at the source."""
+    if not moved.same_hash:
+        return frozenset()  # their ids come out when they are hashed: they are left out then
+    marks = forgotten(target.backend)
+    return frozenset(found for found, mark in marks.items() if mark.reason != NOT_SENT and found not in heads)
 
 
-def _plan_move(target: Handle, ref: WantedRef, history: _History, moved: MovedSnapshots, *, force: bool) -> RefMove:
+def _plan_move(target: Handle, ref: WantedRef, history: History, moved: MovedSnapshots, *, force: bool) -> RefMove:
     is_tag = ref.kind == "tag"
     read = read_tag if is_tag else read_branch
     found = read(target.backend, ref.name)
@@ -195,7 +156,7 @@ def _plan_move(target: Handle, ref: WantedRef, history: _History, moved: MovedSn
 def _work(
     source: Handle,
     target: Handle,
-    history: _History,
+    history: History,
     missing: Iterable[SnapshotId],
     moved: MovedSnapshots,
 ) -> tuple[int, int, int]:
@@ -211,7 +172,7 @@ def _work(
 
 
 def _needed(
-    source: Handle, history: _History, snapshots: Iterable[SnapshotId], *, with_manifests: bool
+    source: Handle, history: History, snapshots: Iterable[SnapshotId], *, with_manifests: bool
 ) -> dict[ChunkId, None]:
     id_bytes = source.hasher.digest_bytes
     needed: dict[ChunkId, None] = {}
@@ -219,13 +180,14 @@ def _needed(
         record = history.record(snapshot_id)
         assert record is not None
         entries = _entries(source, snapshot_id, record)
-        needed.update(dict.fromkeys(leaf_needs(entries, id_bytes=id_bytes)))
+        kept = kept_entries(entries, read_thinning(source.backend, snapshot_id))
+        needed.update(dict.fromkeys(leaf_needs(kept, id_bytes=id_bytes)))
         if with_manifests:
             needed.update(dict.fromkeys(manifest_needs(record, entries, id_bytes=id_bytes)))
     return needed
 
 
-def _entries(source: Handle, snapshot_id: SnapshotId, record: SnapshotRecord) -> Any:
+def _entries(source: Handle, snapshot_id: SnapshotId, record: SnapshotRecord) -> list[Entry]:
     try:
         return source.manifests.entries(record)
     except DamageError as error:

@@ -8,9 +8,8 @@ where it is.
 
 Invariants:
 
-1. What counts as present lies, with its bases, in packs of a listing taken under the target's lease, none condemned.
-2. A record is only written after, and rests only on, a base that is present and less deep than itself.
-3. What was sealed is durable: an interrupted push finds it by its chunk ids.
+1. A record is only written after, and rests only on, a base that is present and less deep than itself.
+2. What was sealed is durable: an interrupted push finds it by its chunk ids.
 
 Belongs to one thread.
 """
@@ -18,12 +17,11 @@ Belongs to one thread.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from castore.checkpoint.bases import closure
 from castore.chunk_writer import worker_count
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
@@ -33,28 +31,16 @@ from castore.format.manifest import Entry
 from castore.format.pack import Chain, PackHeader, RecordKind
 from castore.ids import Buffer, ChunkId, new_pack_id
 from castore.index import Location
-from castore.leases import condemned_packs
 from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, MIB
 from castore.pack.writer import PackWriter
 from castore.repository import Handle
-from castore.store import list_packs
 from castore.transfer.needs import Need
+from castore.transfer.target_chunks import Stored, TargetChunks
 
 PUSH_PACK_BYTES_MAX = 64 * MIB
 """Packs of a push are sealed at this size: an interruption costs at most so much, and one fsync each costs nothing."""
 _SHARED_BASE_MIN = 2
 """A base that no snapshot needs travels when at least so many chunks rest on it: they are larger without it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """How a chunk lies at the target."""
-
-    depth: int
-    base: ChunkId | None
-    """By its id at the source, where this run knows it."""
-    rests_on: tuple[Location, ...] = ()
-    """Records that were there before, unread by this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,67 +98,18 @@ class Sender:
         self._now_ns = now_ns
         self._compression = target.config.options.compression
         self._copies = not reencode and self._compression == source.config.options.compression
-        self._check = check
         self._progress = progress
         self._pack_bytes_max = pack_bytes_max
-        self._condemned = condemned_packs(target.backend)
-        self._listing = target.store.refresh()
-        self._at_target: dict[ChunkId, _Stored] = {}
-        """By target id: what was found there, and what this run has put into packs."""
-        self._sound: dict[Location, bool] = {}
+        self.there = TargetChunks(target, check=check, knows_ids=self.same_hash)
         self._pool: ThreadPoolExecutor | None = None
         self._pending: deque[tuple[_Item, Future[_Arrived]]] = deque()
         self._pack: PackWriter | None = None
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
-    @property
-    def sees_condemned(self) -> bool:
-        """Whether a collector had condemned packs at the last look: nothing may then be taken for whole unseen."""
-        return bool(self._condemned)
-
-    def look_again(self) -> bool:
-        """List condemned and standing packs anew; True when what this run relied on may be going."""
-        # The condemned set before the listing: a pack condemned after this look is condemned after our root was
-        # visible, so that the collector saves what we need.
-        condemned = condemned_packs(self.target.backend)
-        listing = list_packs(self.target.backend)
-        if condemned == self._condemned and self._listing <= listing:
-            return False
-        self._condemned = condemned
-        self._listing = self.target.store.refresh()
-        self._at_target.clear()
-        return True
-
     def target_id(self, chunk_id: ChunkId) -> ChunkId | None:
         """The id at the target; None under another hash when the chunk was not read yet."""
         return chunk_id if self.same_hash else self.ids.get(chunk_id)
-
-    def find_present(self, target_ids: Iterable[ChunkId]) -> frozenset[ChunkId]:
-        """Those that the target has, with their bases, in packs that stay."""
-        wanted = set(target_ids)
-        unknown = wanted - self._at_target.keys()
-        if unknown:
-            found = closure(unknown, self.target.store, self._condemned)
-            if self._check:
-                rotten = [rests_on for rests_on in found.values() if not all(map(self._is_sound, rests_on))]
-                if rotten:  # marked as bad meanwhile: they are passed over
-                    found = closure(unknown, self.target.store, self._condemned)
-            for chunk_id, rests_on in found.items():
-                row = rests_on[0].row
-                self._at_target[chunk_id] = _Stored(row.depth, row.base_id if self.same_hash else None, rests_on)
-        return frozenset(wanted & self._at_target.keys())
-
-    def _is_sound(self, location: Location) -> bool:
-        """Whether the stored bytes have their checksum; each record is read once."""
-        if location not in self._sound:
-            try:
-                self.target.store.check(location)
-                self._sound[location] = True
-            except CastoreError:
-                self.target.store.mark_bad(location.pack_id, location.row)
-                self._sound[location] = False
-        return self._sound[location]
 
     # ---- sending ---------------------------------------------------------------------------------------------
 
@@ -182,7 +119,7 @@ class Sender:
         `bases` are chunks of the parent snapshot that new encodings may rest on, by ids of the source.
         """
         known = {chunk_id: target_id for chunk_id in needs if (target_id := self.target_id(chunk_id)) is not None}
-        present = self.find_present(known.values())
+        present = self.there.find_present(known.values())
         lacking = [chunk_id for chunk_id in needs if known.get(chunk_id) not in present]
         self._progress(sum(need.raw_bytes for chunk_id, need in needs.items() if known.get(chunk_id) in present))
         for item in self._plan(lacking, needs, bases):
@@ -201,7 +138,7 @@ class Sender:
             if not self.same_hash and chunk_id not in self.ids:
                 self.ids[chunk_id] = self.target.hasher.chunk_id(self._read(chunk_id, entry.path))
         target_ids = [chunk_id if self.same_hash else self.ids[chunk_id] for chunk_id in chunk_ids]
-        if self.find_present(target_ids):
+        if self.there.find_present(target_ids):
             return False
 
         def reader(chunk_id: ChunkId) -> Callable[[], Buffer]:
@@ -210,7 +147,8 @@ class Sender:
 
         chunks = [(new, reader(old)) for new, old in zip(target_ids, chunk_ids, strict=True)]
         self._open_pack().append_run(chunks, kind=RecordKind.LEAF, payload_bytes=entry.raw_bytes)
-        self._at_target.update((target_id, _Stored(0, None)) for target_id in target_ids)
+        for target_id in target_ids:
+            self.there.note(target_id, Stored(0, None))
         self.sent_count += len(chunks)
         self.sent_raw_bytes += entry.raw_bytes
         self._progress(entry.raw_bytes)
@@ -220,7 +158,7 @@ class Sender:
     def put(self, raw: bytes, *, kind: RecordKind) -> ChunkId:
         """Send bytes that were made here: a part of a manifest under another hash."""
         chunk_id = self.target.hasher.chunk_id(raw)
-        if not self.find_present([chunk_id]):
+        if not self.there.find_present([chunk_id]):
             self._append_raw(chunk_id, raw, kind, Elements())
         return chunk_id
 
@@ -242,8 +180,7 @@ class Sender:
             sealed = self._pack.seal()
             self._pack = None
             self.stored_bytes += sealed.pack_bytes
-            self._listing |= {sealed.pack_id}
-            self.target.store.add({sealed.pack_id: sealed.rows})
+            self.there.add_pack(sealed)
 
     def close(self) -> None:
         """Drop what is not sealed. Harmless after `seal`."""
@@ -305,7 +242,7 @@ class Sender:
 
     def _has(self, chunk_id: ChunkId) -> bool:
         target_id = self.target_id(chunk_id)
-        return target_id is not None and bool(self.find_present([target_id]))
+        return target_id is not None and bool(self.there.find_present([target_id]))
 
     def _will_hold(self, base: ChunkId, depths: Mapping[ChunkId, int], *, below: int) -> bool:
         """Whether the target has, or by then will have, a base less deep than `below`."""
@@ -319,15 +256,14 @@ class Sender:
             return False
         target_id = self.target_id(base)
         assert target_id is not None
-        stored = self._at_target[target_id]
-        return stored.depth < below and all(map(self._is_sound, stored.rests_on))
+        return self.there.can_carry(target_id, below=below)
 
     def _anew(self, chunk_id: ChunkId, need: Need, bases: Mapping[ChunkId, ChunkId]) -> _Item:
         """A chunk to encode by the target's options, with the base that a save would take."""
         base = bases.get(chunk_id) if self._compression == "auto" else None
         while base is not None and not self._usable(base, below=DELTA_DEPTH_MAX):
             target_id = self.target_id(base)
-            stored = self._at_target.get(target_id) if target_id is not None else None
+            stored = self.there.stored(target_id) if target_id is not None else None
             base = stored.base if stored is not None else None
         return _Item(chunk_id, need, None, base if base != chunk_id else None, copies=False)
 
@@ -376,7 +312,7 @@ class Sender:
         self._progress(item.need.raw_bytes)
         if not self.same_hash:
             self.ids[item.chunk_id] = arrived.chunk_id
-            if self.find_present([arrived.chunk_id]):
+            if self.there.find_present([arrived.chunk_id]):
                 return
         base = item.base if arrived.rests_on_base else None
         if base is None and not arrived.rests_on_base:
@@ -393,7 +329,9 @@ class Sender:
     def _depth_of(self, base: ChunkId) -> int:
         target_id = self.target_id(base)
         assert target_id is not None
-        return self._at_target[target_id].depth
+        stored = self.there.stored(target_id)
+        assert stored is not None
+        return stored.depth
 
     def _append(self, arrived: _Arrived, item: _Item, *, depth: int, base: ChunkId | None) -> None:
         self._open_pack().append(
@@ -405,13 +343,13 @@ class Sender:
             base_id=self.target_id(base) if base is not None else None,
             depth=depth,
         )
-        self._at_target[arrived.chunk_id] = _Stored(depth, base)
+        self.there.note(arrived.chunk_id, Stored(depth, base))
         self._count(len(arrived.raw))
 
     def _append_raw(self, chunk_id: ChunkId, raw: Buffer, kind: RecordKind, elements: Elements) -> None:
         encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self.target.hasher)
         self._open_pack().append(chunk_id, encoded.payload, kind=kind, raw_bytes=len(raw), chain=encoded.chain)
-        self._at_target[chunk_id] = _Stored(0, None)
+        self.there.note(chunk_id, Stored(0, None))
         self._count(len(raw))
 
     def _count(self, raw_bytes: int) -> None:
