@@ -340,6 +340,16 @@ class Repository:
 
         return reindex(self._handle, progress=progress)
 
+    def add_parity(self, *, overhead_percent: int = 10, progress: Progress | None = None) -> Any:
+        """Protect every pack that is not yet: parity from which lost or rotten stretches of it can be restored.
+
+        `overhead_percent` of a pack's bytes restore as large a part of it, in one piece or scattered. Packs of later
+        saves need another call. Needs `castore[parity]`. Returns a ParityReport; damaged packs are refused and listed.
+        """
+        from castore.maintenance.parity import add_parity
+
+        return add_parity(self._handle, overhead_percent=overhead_percent, progress=progress)
+
     # ---- other repositories --------------------------------------------------------------------------------------
 
     def push(

@@ -169,6 +169,7 @@ class DivergedError(ConflictError):
         self.snapshot_id = snapshot_id
         self.expected_id = None
         self.found_id = found_id
+        self.where = where
 
 
 class PathNotFoundError(CastoreError, KeyError):

@@ -40,6 +40,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "du": ("upkeep", "Say where the bytes are."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
         "reindex": ("upkeep", "Build the index again from the packs."),
+        "parity": ("parity", "Add, check or remove what restores lost stretches of packs."),
     },
 }
 """Section → command → (file, line of help). Here, so that `castore --help` loads no command."""
