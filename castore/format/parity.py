@@ -31,6 +31,7 @@ the sum over j of d[j] / ((k + i) xor j): a Cauchy matrix, of which every square
 from __future__ import annotations
 
 import struct
+import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,4 +171,7 @@ def decode_sums(data: Buffer, header: ParityHeader, *, where: str) -> Sequence[i
         raise ChecksumError(
             f"{where}: table: expected checksum {header.table_checksum:016x}, found {found:016x}; the bytes changed"
         )
-    return array("Q", struct.unpack(f"<{len(data) // 8}Q", data))
+    sums = array("Q", bytes(data))
+    if sys.byteorder == "big":
+        sums.byteswap()
+    return sums

@@ -48,10 +48,12 @@ class Losses:
     """Most in one column: at most m can be restored."""
 
 
-def open_parity(reader: RangeReader, pack_id: PackId, *, where: str) -> ParityFile:
-    """Read header and table. Raises DamageError when neither copy is whole, or it is the parity of another pack."""
+def open_parity(reader: RangeReader, pack_id: PackId | None, *, where: str) -> ParityFile:
+    """Read header and table. Raises DamageError when neither copy is whole, or it is the parity of another pack than
+    the one given.
+    """
     header = _header(reader, where)
-    if header.pack_id != pack_id:
+    if pack_id is not None and header.pack_id != pack_id:
         raise ChecksumError(f"{where}: expected the parity of pack {pack_id}, found {header.pack_id}: swapped files")
     table_bytes = header.layout.table_bytes
     failure: CastoreError | None = None
@@ -91,6 +93,16 @@ def find_losses(pack: RangeReader | None, parity: ParityFile) -> Losses:
                 lost.add((stretch, column))
         worst = max(worst, len(lost) - before)
     return Losses(frozenset(lost), worst)
+
+
+def lost_parity_cells(parity: ParityFile) -> int:
+    """How many cells of the parity itself do not have their checksums."""
+    layout = parity.layout
+    return sum(
+        _sound_cell(None, parity, stretch, column) is None
+        for stretch in range(layout.data_count, layout.stretch_count)
+        for column in range(layout.column_count)
+    )
 
 
 def _sound_cell(pack: RangeReader | None, parity: ParityFile, stretch: int, column: int) -> bytes | None:
