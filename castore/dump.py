@@ -25,7 +25,7 @@ from castore.backend.base import RangeReader, os_errors
 from castore.backend.local import LocalReader
 from castore.backend.syscalls import open_to_read
 from castore.codec.registry import chain_name
-from castore.errors import CastoreError, FormatError, UsageError
+from castore.errors import CastoreError, DamageError, FormatError, UnsupportedFormatError, UsageError
 from castore.format.config import decode_config
 from castore.format.layout import decode_ref_name
 from castore.format.pack import (
@@ -37,10 +37,12 @@ from castore.format.pack import (
     decode_trailer,
     table_bytes,
 )
+from castore.format.parity import PARITY_MAGIC
 from castore.format.snapshot import SNAPSHOT_MAGIC, SnapshotRecord, decode_snapshot
 from castore.format.textfile import decode_text_file
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.pack.reader import Gap, read_header, read_table, scan_records
+from castore.parity.restore import lost_parity_cells, open_parity
 
 ROWS_SHOWN = 1000
 """Records listed when the caller sets no limit; a pack may hold millions."""
@@ -93,12 +95,16 @@ def _kind(head: bytes, where: str) -> Describe:
         return _pack
     if head.startswith(SNAPSHOT_MAGIC):
         return _snapshot
+    if head.startswith(PARITY_MAGIC):
+        return _parity
     if head.startswith(_GUARD_MAGIC) or head[_LMDB_MAGIC_AT : _LMDB_MAGIC_AT + 4] == _LMDB_MAGIC:
         return _index
     if head.startswith(b"{"):
         return _text
     if name.endswith(".pack"):
         return _pack
+    if name.endswith(".parity"):
+        return _parity
     if Path(where).parent.name == "snapshots":
         return _snapshot
     if name.startswith("index."):
@@ -124,6 +130,35 @@ def _index(reader: RangeReader, where: str, problems: list[str], limit: int | No
     else:
         what = "LMDB file: a cache of the packs' tables"
     return {"kind": "index", "holds": what, "advice": "it may be deleted; `castore reindex` builds it again"}
+
+
+# ---- parity ------------------------------------------------------------------------------------------------
+
+
+def _parity(reader: RangeReader, where: str, problems: list[str], limit: int | None) -> dict[str, Any]:
+    del limit
+    try:
+        parity = open_parity(reader, None, where=where)
+    except (DamageError, UnsupportedFormatError) as error:
+        problems.append(str(error))
+        return {"kind": "parity"}
+    layout = parity.layout
+    if reader.size_bytes != layout.file_bytes:
+        problems.append(f"{where}: expected {layout.file_bytes} bytes, found {reader.size_bytes}")
+    lost = lost_parity_cells(parity)
+    if lost:
+        problems.append(f"{where}: {lost} parity cells do not have their checksums")
+    return {
+        "kind": "parity",
+        "pack": parity.header.pack_id,
+        "pack_bytes": layout.pack_bytes,
+        "pack_digest": parity.header.pack_digest.hex(),
+        "data_stretches": layout.data_count,
+        "parity_stretches": layout.parity_count,
+        "stretch_bytes": layout.stretch_bytes,
+        "cell_bytes": layout.cell_bytes,
+        "columns": layout.column_count,
+    }
 
 
 # ---- packs -------------------------------------------------------------------------------------------------

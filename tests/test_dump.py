@@ -238,3 +238,22 @@ def test_dump_needs_neither_numpy_nor_torch(store: Path) -> None:
         [sys.executable, "-c", code, str(a_pack(store))], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_parity_file_is_described_and_its_damage_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyeclib")
+
+    with castore.init(tmp_path / "store") as repo:
+        repo.save({"x": list(range(1000))})
+        repo.add_parity()
+    (path,) = (tmp_path / "store").glob("parity/*/*.parity")
+    described = dump(path)
+    assert (described["kind"], described["problems"]) == ("parity", [])
+    assert described["pack"] == path.stem
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert "1 parity cells" in dump(path)["problems"][0]
+    path.write_bytes(b"x" * 300)
+    assert dump(path)["kind"] == "parity"
+    assert dump(path)["problems"]

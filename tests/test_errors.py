@@ -29,6 +29,7 @@ _ALSO = re.compile(r"\((?:also )?an? (\w+)\)")
 FACTS: dict[str, dict[str, Any]] = {
     "UnsupportedLeafError": {"path": "model/x", "type_name": "object"},
     "ConflictError": {"branch": "main", "snapshot_id": "a" * 32, "expected_id": None, "found_id": "b" * 32},
+    "DivergedError": {"branch": "main", "snapshot_id": "a" * 32, "found_id": "b" * 32, "where": "/backup/store"},
     "StateMismatchError": {"message": "m", "missing": ["a"], "unexpected": ["b"], "mismatched": ["c", "d"]},
     "PartialLoadError": {"message": "m", "overwritten": ["a", "b"]},
     "UnknownRefError": {"message": "m", "near": ["main"]},

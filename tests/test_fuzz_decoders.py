@@ -57,6 +57,14 @@ from castore.format.pack import (
     encode_trailer,
     row_bytes,
 )
+from castore.format.parity import HEADER_BYTES as PARITY_HEADER_BYTES
+from castore.format.parity import (
+    ParityHeader,
+    ParityLayout,
+    decode_parity_header,
+    encode_parity_header,
+    encode_sums,
+)
 from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snapshot
 from castore.format.textfile import decode_text_file, encode_text_file
 from castore.hashing import checksum, hasher_for
@@ -66,6 +74,7 @@ from castore.maintenance.retention import Candidate, Keep, Line, plan_retention
 from castore.options import GRID_BYTES, MIB, RepositoryOptions
 from castore.pack.reader import Gap, read_table, scan_records
 from castore.pack.writer import PackWriter
+from castore.parity.restore import open_parity
 from castore.repository import Handle
 from castore.snapshots import make_snapshot
 from tests.suites.sealed import sealed_text
@@ -140,6 +149,20 @@ def decode_whole_part(data: bytes) -> Any:
     return state_id(HASHER, decode_part(data, id_bytes=N, where="w"))
 
 
+PARITY_LAYOUT = ParityLayout(5000, 2, 1, 4096, 4096)
+SUMS = encode_sums([1, 2, 3])
+PARITY_HEAD = encode_parity_header(ParityHeader(PARITY_LAYOUT, PACK_ID, bytes(16), checksum(SUMS)))
+PARITY = PARITY_HEAD + SUMS + bytes(4096) + SUMS + PARITY_HEAD
+
+
+def opened_parity(data: bytes) -> Any:
+    """Header and table as a reader of the file gets them."""
+    backend = MemoryBackend()
+    backend.put_if_absent("x", data)
+    file = open_parity(backend.open_reader("x"), PACK_ID, where="w")
+    return file.header, list(file.sums)
+
+
 DECODERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
     "textfile": (TEXT, lambda data: decode_text_file(data, name="w")),
     "config": (CONFIG, lambda data: decode_config(data, where="w")),
@@ -159,10 +182,12 @@ DECODERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
     ),
     "run fixed": (RUN, lambda data: decode_run_fixed(data, id_bytes=N, where="w")),
     "run": (RUN, lambda data: decode_run_header(data, offset=64, id_bytes=N, where="w")),
+    "parity header": (PARITY[:PARITY_HEADER_BYTES], lambda data: decode_parity_header(data, where="w")),
+    "parity file": (PARITY, opened_parity),
 }
 
 
-DIGESTED = {"textfile", "config", "pack header", "trailer", "table", "record", "run"}
+DIGESTED = {"textfile", "config", "pack header", "trailer", "table", "record", "run", "parity header", "parity file"}
 
 
 def mutations(seed: bytes, rounds: int, *, key: str) -> Iterator[bytes]:
@@ -665,7 +690,7 @@ def test_false_magics_do_not_make_a_scan_slow() -> None:
 
 
 def test_dump_describes_any_bytes() -> None:
-    seeds = {"config": CONFIG, "x.pack": WHOLE_PACK[:3000], SNAPSHOT_ID: SNAPSHOT, "main": TEXT}
+    seeds = {"config": CONFIG, "x.pack": WHOLE_PACK[:3000], SNAPSHOT_ID: SNAPSHOT, "main": TEXT, "x.parity": PARITY}
     for name, seed in seeds.items():
         for data in itertools.islice(mutations(seed, ROUNDS // 4, key=name), ROUNDS):
             backend = MemoryBackend()
@@ -673,7 +698,11 @@ def test_dump_describes_any_bytes() -> None:
             for where in (name, "snapshots/x", "refs/branches/%zz", "a.condemned"):
                 described = dump_reader(backend.open_reader("file"), where)
                 json.dumps(described, allow_nan=False)
-                assert described["problems"] or data == seed or described["kind"] in ("index", "pack", "snapshot")
+                assert (
+                    described["problems"]
+                    or data == seed
+                    or described["kind"] in ("index", "pack", "parity", "snapshot")
+                )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -114,7 +114,9 @@ def test_the_metadata_says_what_is_needed(wheel: Path) -> None:
         line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
     }
     assert required == {"click", "lmdb", "lz4", "msgpack", "numpy", "rich", "xxhash", "zstandard"}
-    assert {"bench", "blake3", "demo", "dev", "safetensors", "torch"} == set(metadata.get_all("Provides-Extra", []))
+    assert {"bench", "blake3", "demo", "dev", "parity", "safetensors", "torch"} == set(
+        metadata.get_all("Provides-Extra", [])
+    )
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
 

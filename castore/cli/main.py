@@ -31,6 +31,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "branch": ("history", "List, make, move or delete branches."),
         "tag": ("history", "List, make or delete tags."),
     },
+    "Other repositories": {
+        "push": ("transfer", "Send snapshots to another repository."),
+        "pull": ("transfer", "Fetch snapshots from another repository."),
+    },
     "Upkeep": {
         "forget": ("retention", "Forget or thin snapshots by rules or by name."),
         "undelete": ("retention", "Bring back what was forgotten or thinned."),
@@ -40,6 +44,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "du": ("upkeep", "Say where the bytes are."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
         "reindex": ("upkeep", "Build the index again from the packs."),
+        "parity": ("parity", "Add, check or remove what restores lost stretches of packs."),
     },
 }
 """Section → command → (file, line of help). Here, so that `castore --help` loads no command."""

@@ -2,6 +2,7 @@
 
     config                          what the repository is
     packs/ab/<pack id>.pack         ab: the first two hex digits of the id
+    parity/ab/<pack id>.parity      optional: restores lost stretches of that pack; garbage without it
     snapshots/<snapshot id>
     forgotten/<snapshot id>         marker: dropped by policy; stays as a tombstone while history reaches through it
     thin/<snapshot id>              overlay: leaves dropped from a kept snapshot
@@ -33,6 +34,7 @@ from castore.ids import PACK_ID_BYTES, SNAPSHOT_ID_DIGITS, PackId, RandomBytes, 
 
 CONFIG = "config"
 PACKS = "packs/"
+PARITY = "parity/"
 SNAPSHOTS = "snapshots/"
 FORGOTTEN = "forgotten/"
 THIN = "thin/"
@@ -62,6 +64,19 @@ def parse_pack_name(name: str) -> PackId | None:
     """The pack id, or None when the name is not a pack's (a stray file is ignored, never an error)."""
     stem = name.rsplit("/", 1)[-1].removesuffix(".pack")
     if is_hex(stem) and len(stem) == 2 * PACK_ID_BYTES and name == pack_name(PackId(stem)):
+        return PackId(stem)
+    return None
+
+
+def parity_name(pack_id: PackId) -> str:
+    """`parity/ab/<id>.parity`."""
+    return f"{PARITY}{pack_id[:2]}/{pack_id}.parity"
+
+
+def parse_parity_name(name: str) -> PackId | None:
+    """The id of the pack that the file protects, or None when the name is not a parity file's."""
+    stem = name.rsplit("/", 1)[-1].removesuffix(".parity")
+    if is_hex(stem) and len(stem) == 2 * PACK_ID_BYTES and name == parity_name(PackId(stem)):
         return PackId(stem)
     return None
 

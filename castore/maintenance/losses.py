@@ -36,7 +36,7 @@ def report_losses(
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
             findings.problem("record", fault.name, fault.message, affected)
-        elif fault.base_id is not None:
+        elif fault.base_ids:
             baseless += 1  # garbage: gc keeps the bases of what is needed, and of nothing else
         else:
             why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"

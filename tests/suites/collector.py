@@ -8,9 +8,9 @@ from castore.codec.base import Elements
 from castore.format.layout import pack_name, snapshot_name
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId
+from castore.manifests import split_ids
 from castore.marks import kept_entries, replace_forgotten
 from castore.roots import live_roots
-from castore.snapshots import split_ids
 from castore.store import list_packs
 
 LATER_NS = 1 << 62

@@ -324,12 +324,12 @@ class Ledger:
         """How to store one tree anew, least deep records first."""
         needed = [row for row, is_direct in zip(rows, direct, strict=True) if is_direct]
         pinned = [row for row, is_direct in zip(rows, direct, strict=True) if not is_direct]
-        if not needed or root not in rows:
-            return None  # the records are not those that are relied on: an odd tree is left alone
+        if not needed or root not in rows or any(len(self.bases_of(row)) > 1 for row in rows):
+            return None  # the records are not those that are relied on, or rest on two: an odd tree is left alone
         is_root_needed = root in needed
         reference = root if is_root_needed else needed[0]
         chunks_pinned = {self.chunk_of(row) for row in pinned}
-        rewritten = [row for row in needed if not is_root_needed or self.base_of(row) in chunks_pinned]
+        rewritten = [row for row in needed if not is_root_needed or chunks_pinned.intersection(self.bases_of(row))]
         replaced_bytes = sum(self.stored_of(row) for row in (*pinned, *rewritten))
         written_bytes = sum(self.stored_of(row) for row in rewritten)
         if not is_root_needed:

@@ -1,0 +1,180 @@
+"""Parity of a repository: added at any time, never needed to read, and never a keeper of rot."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from castore.api import Repository
+from castore.backend import MemoryBackend
+from castore.errors import ParityExceededError, UsageError
+from castore.format.layout import pack_name, parity_name
+from castore.maintenance.parity import (
+    add_parity,
+    open_restored,
+    parity_sizes,
+    parity_status,
+    recover,
+    remove_parity,
+    stale_parity,
+)
+from castore.pack.reader import read_table
+from tests.checkpoint.damage import replace_file, rows_of
+from tests.checkpoint.repositories import HookedBackend, at_call, copied, create_on, files_of, open_on, packs_of
+from tests.suites.fault_backend import Fault, FaultBackend, SimulatedCrash
+
+pytest.importorskip("pyeclib")
+
+
+@pytest.fixture
+def repo() -> Repository:
+    """Two packs, of some 200 and 100 kB."""
+    repository = create_on(MemoryBackend())
+    for seed, count in ((1, 200_000), (2, 100_000)):
+        repository.save({"noise": np.random.default_rng(seed).integers(0, 256, count, np.uint8)})
+    return repository
+
+
+def read_pack(repo: Repository, pack_id: str) -> bytes:
+    return files_of(repo.handle.backend)[f"packs/{pack_id[:2]}/{pack_id}.pack"]
+
+
+def test_parity_is_added_to_the_packs_that_lack_it_and_reading_needs_none(repo) -> None:
+    first = add_parity(repo.handle)
+    assert set(first.added) == packs_of(repo)
+    assert first.kept_count == 0
+    assert first.added_bytes == sum(parity_sizes(repo.handle.backend).values())
+    total = sum(len(read_pack(repo, pack)) for pack in packs_of(repo))
+    assert first.added_bytes < 0.2 * total
+    repo.save({"more": np.arange(1000.0)})
+    second = add_parity(repo.handle)
+    assert len(second.added) == 1
+    assert second.kept_count == 2
+    assert repo.verify(data=True).ok
+    count, removed_bytes = remove_parity(repo.handle)
+    assert (count, removed_bytes) == (3, first.added_bytes + second.added_bytes)
+    assert repo.verify(data=True).ok
+
+
+@pytest.mark.parametrize("overhead", [0, 101, -5])
+def test_an_overhead_that_makes_no_sense_is_refused(repo, overhead) -> None:
+    with pytest.raises(UsageError, match="1 to 100"):
+        add_parity(repo.handle, overhead_percent=overhead)
+
+
+def test_a_rotten_stretch_is_restored_bit_for_bit(repo) -> None:
+    add_parity(repo.handle, overhead_percent=20)
+    for pack_id in packs_of(repo):
+        whole = read_pack(repo, pack_id)
+        assert recover(repo.handle, pack_id) == whole
+        damaged = bytearray(whole)
+        damaged[30_000:42_000] = bytes(12_000)
+        damaged[-40:] = b"?" * 40
+        replace_file(repo.handle.backend, pack_name(pack_id), bytes(damaged))
+    left = open_on(repo.handle.backend)
+    assert not left.verify(data=True).ok
+    status = parity_status(left.handle, data=True)
+    assert not status.ok
+    assert all(pack.can_restore and pack.lost_cells for pack in status.packs)
+    for pack_id in packs_of(left):
+        restored = open_restored(left.handle, pack_id)
+        assert restored is not None
+        rows = read_table(restored, where="restored", expected_id=pack_id, hasher=left.handle.hasher)
+        assert rows
+        restored.close()
+        whole_again = recover(left.handle, pack_id)
+        assert whole_again is not None
+        replace_file(left.handle.backend, pack_name(pack_id), whole_again)
+    mended = open_on(repo.handle.backend)
+    assert mended.verify(data=True).ok
+    assert parity_status(mended.handle, data=True).ok
+
+
+def test_what_is_left_of_a_pack_may_lie_elsewhere(repo) -> None:
+    add_parity(repo.handle)
+    pack_id = min(packs_of(repo))
+    whole = read_pack(repo, pack_id)
+    repo.handle.backend.delete(pack_name(pack_id))
+    repo.handle.backend.put_if_absent("quarantine/left", whole[:-3000])
+    assert recover(repo.handle, pack_id, name="quarantine/left") == whole
+    with pytest.raises(ParityExceededError):
+        recover(repo.handle, pack_id)
+
+
+def test_more_than_the_parity_restores_is_a_typed_error_and_changes_nothing(repo) -> None:
+    add_parity(repo.handle)
+    pack_id = max(packs_of(repo), key=lambda pack: len(read_pack(repo, pack)))
+    whole = read_pack(repo, pack_id)
+    replace_file(repo.handle.backend, pack_name(pack_id), bytes(len(whole) // 2) + whole[len(whole) // 2 :])
+    before = files_of(repo.handle.backend)
+    with pytest.raises(ParityExceededError, match=pack_id):
+        recover(repo.handle, pack_id)
+    assert files_of(repo.handle.backend) == before
+    assert [pack.can_restore for pack in parity_status(repo.handle, data=True).packs if pack.lost_cells] == [False]
+
+
+def test_without_parity_nothing_is_restored(repo) -> None:
+    for pack_id in packs_of(repo):
+        assert recover(repo.handle, pack_id) is None
+
+
+def test_no_parity_is_made_for_a_pack_that_is_rotten_already(repo) -> None:
+    pack_id = max(packs_of(repo), key=lambda pack: len(read_pack(repo, pack)))
+    row = max(rows_of(repo, pack_id), key=lambda row: row.stored_bytes)
+    damaged = bytearray(read_pack(repo, pack_id))
+    damaged[row.offset + 9] ^= 1
+    replace_file(repo.handle.backend, pack_name(pack_id), bytes(damaged))
+    report = add_parity(open_on(repo.handle.backend).handle)
+    ((refused, why),) = report.refused
+    assert refused == pack_id
+    assert "checksum" in why
+    assert parity_name(pack_id) not in files_of(repo.handle.backend)
+    assert len(report.added) == 1
+
+
+def test_damage_of_the_parity_file_itself_is_told(repo) -> None:
+    add_parity(repo.handle)
+    pack_id = min(packs_of(repo))
+    replace_file(repo.handle.backend, parity_name(pack_id), b"nonsense" * 100)
+    status = parity_status(repo.handle)
+    assert not status.ok
+    (broken,) = [pack for pack in status.packs if pack.error]
+    assert broken.pack_id == pack_id
+    assert not broken.can_restore
+
+
+def test_parity_without_its_pack_is_garbage(repo) -> None:
+    add_parity(repo.handle)
+    assert stale_parity(repo.handle.backend) == {}
+    gone = min(packs_of(repo))
+    repo.handle.backend.delete(pack_name(gone))
+    assert list(stale_parity(repo.handle.backend)) == [gone]
+    assert parity_status(repo.handle).orphans == (gone,)
+
+
+def test_a_pack_that_is_collected_while_its_parity_is_made_leaves_none(repo) -> None:
+    counted = HookedBackend(copied(repo.handle.backend))
+    add_parity(open_on(counted).handle)
+    for call in range(len(counted.calls)):
+        beside = HookedBackend(copied(repo.handle.backend))
+        doomed = min(packs_of(open_on(beside.inner)))
+        beside.hook = at_call(call, lambda backend=beside.inner, pack=doomed: backend.delete(pack_name(pack)))
+        report = add_parity(open_on(beside).handle)
+        if doomed not in report.added:
+            assert parity_name(doomed) not in files_of(beside.inner)
+        assert len(report.added) >= 1
+
+
+def test_a_crash_while_parity_is_made_leaves_whole_files_only(repo) -> None:
+    call = 0
+    while True:
+        faulty = FaultBackend(copied(repo.handle.backend), Fault(call, "during"))
+        try:
+            add_parity(open_on(faulty).handle)
+            break
+        except SimulatedCrash:
+            left = open_on(faulty.restore_in_memory(unsynced="lost"))
+        assert left.verify(data=True).ok
+        assert parity_status(left.handle, data=True).ok
+        call += 1
+    assert call > 5
