@@ -299,6 +299,17 @@ class Ledger:
         owners = owner[chunk[pinned]]
         return {int(found): int(sizes[owners == found].sum()) for found in np.unique(owners)}
 
+    def bytes_by_owner(self, count: int) -> npt.NDArray[np.int64]:
+        """By owner: bytes of kept records that would not be needed without it and all owners after it."""
+        chunk, base, depth = self._chunk.values, self._base.values, self._depth.values
+        kept = np.flatnonzero(self._kept.values)
+        owner = np.where(self._owner.values < 0, np.int32(count), self._owner.values)
+        for level in range(int(depth[kept].max(initial=0)), 0, -1):
+            rows = kept[(depth[kept] == level) & (base[kept] >= 0)]
+            np.minimum.at(owner, base[rows], owner[chunk[rows]])
+        weights = self.record_bytes(kept).astype(np.float64)
+        return np.bincount(owner[chunk[kept]], weights=weights, minlength=count)[:count].astype(np.int64)
+
     def pinned_trees(self) -> Iterator[Tree]:
         """Every tree that pins something, and how it could do without."""
         chunk, base, depth, best = self._chunk.values, self._base.values, self._depth.values, self._best.values
