@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Upkeep": {
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),
+        "repack": ("repack", "Write chunks again: without bases, or as short as can be."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
         "reindex": ("upkeep", "Build the index again from the packs."),
     },
