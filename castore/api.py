@@ -517,6 +517,30 @@ class Repository:
             note_collected(self._handle)
         return report
 
+    def repack(
+        self,
+        refs: Sequence[str | Snapshot] | None = None,
+        *,
+        level: Literal["usual", "max"] = "usual",
+        flatten: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Write chunks of these snapshots (default: of all) again in another encoding; no manifest changes.
+
+        `flatten` makes deltas and rounded copies stand by themselves, so that loads read no bases and nothing is kept
+        for them. `level="max"` searches long for the shortest encoding: 1 to 4 % less, at a few MB/s; what it writes
+        loads as fast as ever. `dry_run` counts what would be looked at. Blocks until the new records are durable and
+        preferred to the old ones, which the next `gc` frees. Returns a RepackReport.
+
+        Raises UsageError when neither is asked for, UnknownRefError, NoSpaceError, or DamageError: nothing is written
+        that was not verified.
+        """
+        from castore.maintenance.repack import repack
+
+        snapshots = None if refs is None else [self._resolve(ref) for ref in refs]
+        return repack(self._handle, snapshots, level=level, flatten=flatten, dry_run=dry_run, progress=progress)
+
     def reindex(self, *, progress: Progress | None = None) -> Any:
         """Build the index again from the packs."""
         from castore.maintenance.reindex import reindex

@@ -62,7 +62,7 @@ class MasterSource:
 
 
 @dataclass(frozen=True, slots=True)
-class _Coded:
+class Coded:
     """An encoded chunk and what its record rests on."""
 
     encoded: Encoded
@@ -75,7 +75,7 @@ class _Pending:
     chunk_id: ChunkId
     kind: RecordKind
     raw_bytes: int
-    coded: Future[_Coded]
+    coded: Future[Coded | None]
 
 
 class ChunkWriter:
@@ -119,20 +119,28 @@ class ChunkWriter:
 
         Where it is the rounding of one of `masters`, it is stored as that; else as what is shortest.
         """
+        encode = partial(self._encode, chunk_id, read, elements, kind, base=base, masters=masters)
+        self.put_coded(chunk_id, encode, raw_bytes=raw_bytes, kind=kind)
+
+    def put_coded(
+        self, chunk_id: ChunkId, encode: Callable[[], Coded | None], *, raw_bytes: int, kind: RecordKind
+    ) -> None:
+        """Schedule one chunk whose encoding is the caller's: `encode` is called from another thread and proves what it
+        gives; with None nothing is written. Blocks while the queue is full.
+        """
         while len(self._pending) >= ENCODE_AHEAD_CHUNKS:
             self._append_next()
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-encode")
-        future = self._submit(partial(self._encode, chunk_id, read, elements, kind, base=base, masters=masters))
-        self._pending.append(_Pending(chunk_id, kind, raw_bytes, future))
+        self._pending.append(_Pending(chunk_id, kind, raw_bytes, self._submit(encode)))
 
-    def _submit(self, encode: Callable[[], _Coded]) -> Future[_Coded]:
+    def _submit(self, encode: Callable[[], Coded | None]) -> Future[Coded | None]:
         """Encode in a thread; in this one when the interpreter is shutting down and starts no more threads."""
         assert self._pool is not None
         try:
             return self._pool.submit(encode)
         except RuntimeError:
-            done: Future[_Coded] = Future()
+            done: Future[Coded | None] = Future()
             done.set_result(encode())
             return done
 
@@ -179,21 +187,21 @@ class ChunkWriter:
         *,
         base: BaseSource | None,
         masters: Sequence[MasterSource],
-    ) -> _Coded:
+    ) -> Coded:
         raw = read()
         for master in masters:
             parts = tuple(zip(master.chunk_ids, master.read(), strict=True))
             rounded = encode_as_rounding(raw, elements, master.rule, parts, chunk_id=chunk_id, hasher=self._hasher)
             if rounded is not None:
-                return _Coded(rounded, master.chunk_ids, master.depth + 1)
+                return Coded(rounded, master.chunk_ids, master.depth + 1)
         other: Buffer | None = None
         if base is not None:
             with suppress(CastoreError):
                 other = base.read()
         encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
-        coded = _Coded(encoded)
+        coded = Coded(encoded)
         if base is not None and encoded.rests_on_base:
-            coded = _Coded(encoded, (base.chunk_id,), base.depth + 1)
+            coded = Coded(encoded, (base.chunk_id,), base.depth + 1)
         if self._keep_base is not None and coded.depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
             self._keep_base(chunk_id, raw)
         return coded
@@ -205,6 +213,8 @@ class ChunkWriter:
     def _append_next(self) -> None:
         pending = self._pending.popleft()
         coded = pending.coded.result()
+        if coded is None:
+            return
         self._open_pack().append(
             pending.chunk_id,
             coded.encoded.payload,

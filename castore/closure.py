@@ -38,10 +38,10 @@ def closure(ids: Iterable[ChunkId], store: ChunkStore, condemned: frozenset[Pack
 def _usable_locations(
     ids: Iterable[ChunkId], store: ChunkStore, condemned: frozenset[PackId]
 ) -> dict[ChunkId, Locations]:
-    """Locations outside condemned packs, the least deep first."""
+    """Locations outside condemned packs, the preferred first."""
     wanted: Sequence[ChunkId] = list(ids)
     return {
-        chunk_id: tuple(sorted((hit for hit in hits if hit.pack_id not in condemned), key=lambda hit: hit.row.depth))
+        chunk_id: tuple(hit for hit in hits if hit.pack_id not in condemned)
         for chunk_id, hits in zip(wanted, store.find_sound(wanted), strict=True)
     }
 

@@ -86,9 +86,11 @@ class ChunkStore:
         return len(self.refresh())
 
     def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
-        """Locations of each chunk in the packs of the latest listing; empty where there is none. Parallel to ids."""
+        """Locations of each chunk in the packs of the latest listing, the preferred first; empty where there is none.
+        Parallel to ids.
+        """
         listing = self._listing if self._listing is not None else self.refresh()
-        return [tuple(hit for hit in hits if hit.pack_id in listing) for hits in self._index.find(ids)]
+        return [_by_preference(hit for hit in hits if hit.pack_id in listing) for hits in self._index.find(ids)]
 
     def find_sound(self, ids: Sequence[ChunkId]) -> list[Locations]:
         """As `find`, without locations known to be damaged or cut off: what a save may rely on."""
@@ -350,6 +352,16 @@ def check_stored(row: Row, stored: memoryview, *, where: str) -> None:
             f"{where}: expected checksum {row.checksum:016x} of {row.stored_bytes} stored bytes, found {found:016x}; "
             "the disk or a copy changed them: run `castore verify --data`"
         )
+
+
+def preference(row: Row) -> tuple[int, int]:
+    """Of several records of one chunk, the one with the smallest is read: the least deep, then the shortest."""
+    return row.depth, row.stored_bytes
+
+
+def _by_preference(hits: Iterable[Location]) -> Locations:
+    found = tuple(hits)
+    return found if len(found) < 2 else tuple(sorted(found, key=lambda hit: preference(hit.row)))
 
 
 def _end(rows: Sequence[Row]) -> int:

@@ -177,6 +177,9 @@ DECODERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
     "table": (TABLE, lambda data: decode_table(data, TRAILER, id_bytes=N, where="w")),
     "record": (
         encode_record_header(ROWS[2], id_bytes=N),
+        lambda data: decode_record_header(data, offset=64, id_bytes=N, where="w"),
+    ),
+    "record with two bases": (
         encode_record_header(ROWS[3], id_bytes=N),
         lambda data: decode_record_header(data, offset=64, id_bytes=N, where="w"),
     ),
@@ -187,7 +190,18 @@ DECODERS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
 }
 
 
-DIGESTED = {"textfile", "config", "pack header", "trailer", "table", "record", "run", "parity header", "parity file"}
+DIGESTED = {
+    "textfile",
+    "config",
+    "pack header",
+    "trailer",
+    "table",
+    "record",
+    "record with two bases",
+    "run",
+    "parity header",
+    "parity file",
+}
 
 
 def mutations(seed: bytes, rounds: int, *, key: str) -> Iterator[bytes]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,11 +52,13 @@ Order = Literal["path", "l2", "max", "bytes"]
 castore show                                the newest snapshot of main
 castore show main~1 'model/**'              some of its leaves
 castore show best model/embeddings.weight   one leaf, and how its chunks are stored
+castore show main 'optimizer/**' --stored   codecs, depth and stored bytes of many leaves
 """,
 )
 @click.argument("ref", default="main")
 @click.argument("path", required=False)
-def show_command(app: App, ref: str, path: str | None) -> None:
+@click.option("--stored", is_flag=True, help="Say how the leaves are stored: bytes, codecs, depth.")
+def show_command(app: App, *, ref: str, path: str | None, stored: bool) -> None:
     """Show the snapshot REF (default: main) and its leaves, or only the leaf or the leaves that PATH names.
 
     PATH is the path of a leaf, or a glob: * within a level, ** across levels. A single leaf is shown with its
@@ -69,22 +72,28 @@ def show_command(app: App, ref: str, path: str | None) -> None:
         if entry is not None:
             _show_leaf(app, snapshot, describe_leaf(repository, snapshot.id, entry))
         else:
-            _show_snapshot(app, repository, snapshot, path)
+            _show_snapshot(app, repository, snapshot, path=path, stored=stored)
 
 
-def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: str | None) -> None:
+def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, *, path: str | None, stored: bool) -> None:
+    from castore.cli.leaf import stored_leaves
+
     leaves = choose_leaves(snapshot, path)
+    chunks = stored_leaves(repository, snapshot.id, {leaf.path for leaf in leaves}) if stored else {}
     if app.as_json:
         refs = read_refs(repository.handle.backend)
         app.document(
             snapshot_fields(snapshot)
-            | {"refs": refs.names_of(snapshot.id), "leaves": [asdict(leaf) for leaf in leaves]}
+            | {"refs": refs.names_of(snapshot.id)}
+            | {"leaves": [asdict(leaf) | (_stored_fields(chunks, leaf) if stored else {}) for leaf in leaves]}
         )
         return
     if path is None:
         _show_facts(app, repository, snapshot)
         app.line()
-    table = Table(("PATH", "KIND", "DTYPE", "SHAPE", ">BYTES", ">CHUNKS"))
+    table = Table(
+        ("PATH", "KIND", "DTYPE", "SHAPE", ">BYTES", ">CHUNKS") + ((">STORED", "CODECS", ">DEPTH") if stored else ())
+    )
     for leaf in leaves:
         shape = shape_text(leaf.shape) if leaf.dtype else ""
         table.add(
@@ -94,8 +103,30 @@ def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: s
             shape,
             size(leaf.raw_bytes),
             "dropped" if leaf.dropped else str(leaf.chunk_count or "-"),
+            *(_stored_cells(chunks.get(leaf.path, ())) if stored else ()),
         )
     app.table(table)
+
+
+def _stored_cells(chunks: Sequence[StoredChunk]) -> tuple[str, str, str]:
+    """Bytes in packs, codecs with how many chunks each has, the largest depth."""
+    if not chunks:
+        return "-", "-", "-"
+    codecs = ", ".join(name if count == 1 else f"{name} x{count}" for name, count in _codecs(chunks).items())
+    return size(sum(chunk.stored_bytes for chunk in chunks)), codecs, str(max(chunk.depth for chunk in chunks))
+
+
+def _stored_fields(stored: Mapping[str, Sequence[StoredChunk]], leaf: Leaf) -> dict[str, Any]:
+    chunks = stored.get(leaf.path, ())
+    return {
+        "stored_bytes": sum(chunk.stored_bytes for chunk in chunks),
+        "codecs": _codecs(chunks),
+        "depth": max((chunk.depth for chunk in chunks), default=0),
+    }
+
+
+def _codecs(chunks: Iterable[StoredChunk]) -> dict[str, int]:
+    return dict(Counter(chunk.codec for chunk in chunks).most_common())
 
 
 def choose_leaves(snapshot: Snapshot, path: str | None) -> list[Leaf]:

@@ -6,7 +6,7 @@ summarised without torch. Only a view of a shared storage is loaded as a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.ids import ChunkId, SnapshotId
 from castore.manifests import leaf_table
 from castore.snapshots import read_record
+from castore.store import Locations
 
 if TYPE_CHECKING:
     import numpy as np
@@ -154,12 +155,26 @@ def _own_bytes(repository: Repository, snapshot_id: SnapshotId, entry: Entry) ->
     return found, target
 
 
+def stored_leaves(
+    repository: Repository, snapshot_id: SnapshotId, paths: Collection[str]
+) -> dict[str, tuple[StoredChunk, ...]]:
+    """Path → how the chunks of that leaf are stored; none for what has no bytes of its own or lives in the manifest."""
+    handle = repository.handle
+    chosen = [entry for entry in _entries(repository, snapshot_id) if entry.path in paths]
+    ids = {chunk_id for entry in chosen for chunk_id in entry.chunk_ids(handle.hasher.digest_bytes)}
+    locations = handle.store.locate(ids) if ids else {}
+    return {entry.path: _stored_chunks(entry, handle.hasher.digest_bytes, locations) for entry in chosen}
+
+
 def _chunks(repository: Repository, entry: Entry) -> tuple[StoredChunk, ...]:
     handle = repository.handle
     ids = entry.chunk_ids(handle.hasher.digest_bytes)
-    locations = handle.store.locate(set(ids)) if ids else {}
+    return _stored_chunks(entry, handle.hasher.digest_bytes, handle.store.locate(set(ids)) if ids else {})
+
+
+def _stored_chunks(entry: Entry, id_bytes: int, locations: Mapping[ChunkId, Locations]) -> tuple[StoredChunk, ...]:
     chunks = []
-    for index, chunk_id in enumerate(ids):
+    for index, chunk_id in enumerate(entry.chunk_ids(id_bytes)):
         hits, raw_bytes = locations[chunk_id], chunk_bytes(entry.raw_bytes, index)
         if not hits:
             chunks.append(StoredChunk(chunk_id.hex(), raw_bytes, 0, "missing", "", 0, False, (), 0, 0))

@@ -42,6 +42,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "gc": ("collect", "Free what no branch or tag needs any more."),
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),
+        "repack": ("repack", "Write chunks again: without bases, or as short as can be."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
         "reindex": ("upkeep", "Build the index again from the packs."),
         "parity": ("parity", "Add, check or remove what restores lost stretches of packs."),

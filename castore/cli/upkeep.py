@@ -99,7 +99,8 @@ castore du --json
 def du_command(app: App, depth: int) -> int | None:
     """Say where the bytes are: by snapshot, by group of leaves, by codec, and what is no payload at all.
 
-    EXCLUSIVE is what only that snapshot needs: what would become free without it.
+    EXCLUSIVE is what only that snapshot needs: what would become free without it. A delta is stored as a
+    difference from another chunk, what is derived as the rounding of others; those stay as long as it does.
     """
     with app.open() as repository, app.progress("reading") as progress:
         usage: Usage = repository.usage(depth=depth, progress=progress)
@@ -125,6 +126,8 @@ def _draw_usage(app: App, usage: Usage) -> None:
     }
     parts = ", ".join(f"{name} {size(count)}" for name, count in files.items())
     app.line(f"{plural(usage.pack_count, 'pack')}: {size(usage.pack_bytes)} ({parts})")
+    if usage.pinned_bytes:
+        app.line(f"bases that no snapshot needs itself: {size(usage.pinned_bytes)} of the leaves")
     app.line(f"snapshot files: {size(usage.snapshot_bytes)}, index: {size(usage.cache_bytes)}")
     raw = (
         f"; {plural(len(usage.snapshots), 'snapshot')} of {size(usage.raw_bytes)} raw in all" if usage.snapshots else ""

@@ -56,6 +56,10 @@ _SAMPLE_WINDOWS, _SAMPLE_WINDOW_BYTES = 8, 512
 _SAMPLE_SHARE_MAX = 0.985
 """Order-0 entropy of the sample (bits / 8) above which a plane is taken to be noise."""
 
+_THOROUGH_LEVEL = 19
+"""For archives. Levels in between lose; the parser of the highest ones finds what repeats in upper planes: 1 to 4 % of
+the stored bytes on real runs, at a hundredth of the speed."""
+
 _GROUPED = 1
 
 
@@ -74,7 +78,12 @@ def _tuned_compressor() -> zstandard.ZstdCompressor:
     )
 
 
+def _thorough_compressor() -> zstandard.ZstdCompressor:
+    return zstandard.ZstdCompressor(level=_THOROUGH_LEVEL, write_content_size=False, write_checksum=False)
+
+
 _contexts = ThreadContexts(_tuned_compressor)
+_thorough_contexts = ThreadContexts(_thorough_compressor)
 
 
 class BytePlanes:
@@ -96,12 +105,18 @@ class BytePlanes:
         decode_planes(stored, out, base=None)
 
 
-def encode_planes(planes: Planes, raw: Buffer, *, mode: Mode, alpha: float = 1.0) -> bytes | None:
-    """The payload for split elements, or None when nothing is gained. `raw` gives the tail."""
+def encode_planes(
+    planes: Planes, raw: Buffer, *, mode: Mode, alpha: float = 1.0, thorough: bool = False
+) -> bytes | None:
+    """The payload for split elements, or None when nothing is gained. `raw` gives the tail.
+
+    `thorough` searches long for the shortest planes; they decode as fast as any.
+    """
     width = len(planes.array)
     noise = looks_random(planes.array)
     methods, bodies = zip(
-        *(_encode_plane(planes.array[index], is_noise=bool(noise[index])) for index in range(width)), strict=True
+        *(_encode_plane(planes.array[index], is_noise=bool(noise[index]), thorough=thorough) for index in range(width)),
+        strict=True,
     )
     tail = memoryview(raw)[len(raw) // width * width :]
     kept = planes.kept or b""
@@ -113,13 +128,15 @@ def encode_planes(planes: Planes, raw: Buffer, *, mode: Mode, alpha: float = 1.0
     return b"".join((_HEAD.pack(width, mode, flags, alpha), *heads, kept, *bodies, tail))
 
 
-def _encode_plane(plane: Bytes, *, is_noise: bool) -> tuple[int, Buffer]:
+def _encode_plane(plane: Bytes, *, is_noise: bool, thorough: bool) -> tuple[int, Buffer]:
     view = plane.data
     if len(plane) == 0 or is_noise:
         return METHOD_RAW, view
     if plane[0] == plane[-1] and not np.any(plane != plane[0]):
         return METHOD_CONSTANT, bytes(view[:1])
     encoded = _contexts.compressor.compress(view)
+    if thorough:
+        encoded = min(encoded, _thorough_contexts.compressor.compress(view), key=len)
     return (METHOD_ZSTD, encoded) if len(encoded) < KEEP_SHARE_MAX * len(view) else (METHOD_RAW, view)
 
 

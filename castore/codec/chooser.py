@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from castore.codec.base import PLAIN, Elements
 from castore.codec.registry import DELTA, DERIVED, chain_name, codec_numbered, decode_chain
+from castore.codec.zstd_frame import ZstdFrame
 from castore.errors import CodecError
 from castore.format.pack import Chain
 from castore.hashing import Hasher
@@ -42,6 +43,7 @@ class _Proof(threading.local):
 
 
 _proof = _Proof()
+_thorough_zstd = ZstdFrame(level=19)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +64,18 @@ def encode_chunk(
     chunk_id: ChunkId,
     hasher: Hasher,
     base: Buffer | None = None,
+    thorough: bool = False,
 ) -> Encoded:
     """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
-    Thread-safe.
+    Thread-safe. `thorough` tries everything and searches long for the shortest, at about 5 MB/s a core.
 
     Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at
     fault.
     """
-    for encoded in _attempts(raw, elements, compression, base):
-        if encoded is not None:
-            _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
-            return encoded
+    attempts = (encoded for encoded in _attempts(raw, elements, compression, base, thorough=thorough) if encoded)
+    for encoded in sorted(attempts, key=lambda attempt: len(attempt.payload)) if thorough else attempts:
+        _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
+        return encoded
     return Encoded((), raw)
 
 
@@ -114,7 +117,7 @@ def encode_as_rounding(
 
 
 def _attempts(
-    raw: Buffer, elements: Elements, compression: Compression, base: Buffer | None
+    raw: Buffer, elements: Elements, compression: Compression, base: Buffer | None, *, thorough: bool
 ) -> Iterator[Encoded | None]:
     """The encodings worth trying, the best first; None for one that does not shrink the chunk."""
     if compression == "none" or len(raw) == 0:
@@ -125,7 +128,13 @@ def _attempts(
             yield _encode(_LZ4, raw, elements)
         return
     if base is not None:
-        yield _encode_delta(raw, base, elements)
+        yield _encode_delta(raw, base, elements, thorough=thorough)
+    if thorough:
+        yield _encode_planes(raw, elements)
+        if elements.item_bytes == 1 or _sample_shrinks(raw, _ZSTD, below=_REPEATS_SHARE):
+            payload = _thorough_zstd.encode(raw, elements)
+            yield Encoded((_ZSTD,), payload) if payload is not None else None
+        return
     if elements.item_bytes == 1:
         if _sample_shrinks(raw, _ZSTD):
             yield _encode(_ZSTD, raw, elements)
@@ -140,7 +149,17 @@ def _encode(number: int, raw: Buffer, elements: Elements) -> Encoded | None:
     return Encoded((number,), payload) if payload is not None else None
 
 
-def _encode_delta(raw: Buffer, base: Buffer, elements: Elements) -> Encoded | None:
+def _encode_planes(raw: Buffer, elements: Elements) -> Encoded | None:
+    """The chunk as byte planes, each as short as can be."""
+    from castore.codec import transform  # numpy costs 80 ms of start-up
+    from castore.codec.byte_planes import encode_planes
+
+    mode = transform.Mode.ROTATE if elements.is_float else transform.Mode.PLAIN
+    payload = encode_planes(transform.split(raw, elements.item_bytes, mode=mode), raw, mode=mode, thorough=True)
+    return Encoded((_PLANES,), payload) if payload is not None else None
+
+
+def _encode_delta(raw: Buffer, base: Buffer, elements: Elements, *, thorough: bool) -> Encoded | None:
     """The chunk as a difference from a base of its length, if a sample says that this pays."""
     from castore.codec.delta import choose, encode_delta  # numpy costs 80 ms of start-up
     from castore.codec.transform import BASE_MODES
@@ -148,7 +167,7 @@ def _encode_delta(raw: Buffer, base: Buffer, elements: Elements) -> Encoded | No
     choice = choose(raw, base, elements)
     if choice.mode not in BASE_MODES:
         return None
-    payload = encode_delta(raw, base, elements, choice)
+    payload = encode_delta(raw, base, elements, choice, thorough=thorough)
     return Encoded((DELTA,), payload, rests_on_base=True) if payload is not None else None
 
 

@@ -64,10 +64,12 @@ def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
     return best
 
 
-def encode_delta(raw: Buffer, base: Buffer, elements: Elements, choice: Choice) -> bytes | None:
+def encode_delta(
+    raw: Buffer, base: Buffer, elements: Elements, choice: Choice, *, thorough: bool = False
+) -> bytes | None:
     """The payload of codec 16, or None when it would not be shorter than `raw`."""
     planes = transform.split(raw, elements.item_bytes, mode=choice.mode, base=base, alpha=choice.alpha)
-    return encode_planes(planes, raw, mode=choice.mode, alpha=choice.alpha)
+    return encode_planes(planes, raw, mode=choice.mode, alpha=choice.alpha, thorough=thorough)
 
 
 def decode_delta(stored: memoryview, out: memoryview, base: Buffer) -> None:

@@ -24,7 +24,7 @@ from castore.format.pack import Chain
 from castore.ids import Buffer
 
 NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta", 17: "derived"}
-DELTA, DERIVED = 16, 17
+CONSTANT, DELTA, DERIVED = 4, 16, 17
 
 
 @cache

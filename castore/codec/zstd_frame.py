@@ -47,13 +47,13 @@ class ZstdFrame:
     number = 2
     name = "zstd"
 
-    def __init__(self) -> None:
+    def __init__(self, level: int = _LEVEL) -> None:
         self._contexts = ThreadContexts(
-            lambda: zstandard.ZstdCompressor(level=_LEVEL, write_content_size=False, write_checksum=False)
+            lambda: zstandard.ZstdCompressor(level=level, write_content_size=False, write_checksum=False)
         )
 
     def encode(self, raw: Buffer, elements: Elements) -> bytes | None:
-        """Level 3."""
+        """A frame of this level; all levels are read alike."""
         encoded = self._contexts.compressor.compress(raw)
         return encoded if len(encoded) < len(raw) else None
 

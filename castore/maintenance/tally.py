@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from castore.codec.registry import chain_name
 from castore.format.pack import Row
@@ -48,12 +49,11 @@ class _PartUse:
     raw_bytes: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """The first record of a chunk."""
+class _Stored(NamedTuple):
+    """A record of a chunk. The smallest one is what readers prefer: see `castore.store.preference`."""
 
-    stored_bytes: int
     depth: int
+    stored_bytes: int
     base_ids: tuple[ChunkId, ...]
 
 
@@ -96,10 +96,12 @@ class Tally:
             name = chain_name(row.chain)
             count, raw_bytes, stored_bytes = self._codecs.get(name, (0, 0, 0))
             self._codecs[name] = count + 1, raw_bytes + row.raw_bytes, stored_bytes + row.stored_bytes
-            if row.chunk_id in self._stored:
-                self._copies_bytes += row.stored_bytes
-            else:
-                self._stored[row.chunk_id] = _Stored(row.stored_bytes, row.depth, row.base_ids)
+            known, found = self._stored.get(row.chunk_id), _Stored(row.depth, row.stored_bytes, row.base_ids)
+            if known is None:
+                self._stored[row.chunk_id] = found
+                continue
+            self._stored[row.chunk_id] = min(known, found)
+            self._copies_bytes += max(known, found).stored_bytes
 
     def totals(self) -> Totals:
         """The sums; call once, when everything was added."""

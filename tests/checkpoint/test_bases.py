@@ -22,6 +22,7 @@ from castore.hashing import hasher_for
 from castore.ids import ChunkId, PackId
 from castore.index.base import Location
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES
+from castore.store import preference
 from castore.tensors import flatten
 from tests.checkpoint.repositories import create_on
 
@@ -53,7 +54,8 @@ class Store:
             self._by_id.setdefault(found.row.chunk_id, []).append(found)
 
     def find_sound(self, ids: Sequence[ChunkId]) -> list[tuple[Location, ...]]:
-        return [tuple(self._by_id.get(chunk_id, ())) for chunk_id in ids]
+        hits = (self._by_id.get(chunk_id, ()) for chunk_id in ids)
+        return [tuple(sorted(found, key=lambda hit: preference(hit.row))) for found in hits]
 
 
 def plan(wanted: Mapping[str, str], *locations: Location, condemned: frozenset[PackId] = NONE) -> dict[ChunkId, Base]:

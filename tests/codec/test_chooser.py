@@ -236,8 +236,8 @@ def test_a_base_that_changes_while_it_is_used_is_noticed(monkeypatch: pytest.Mon
     raw = (np.frombuffer(bytes(base), "<f4") * np.float32(1.000001)).tobytes()
     honest = delta.encode_delta
 
-    def then_change(*args: object) -> bytes | None:
-        payload = honest(*args)  # type: ignore[arg-type]  # passed through as it came
+    def then_change(*args: object, **options: bool) -> bytes | None:
+        payload = honest(*args, **options)  # type: ignore[arg-type]  # passed through as it came
         base[1000] ^= 1
         return payload
 

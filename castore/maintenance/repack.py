@@ -1,0 +1,264 @@
+"""Write chunks again in another encoding: without a base, or as short as can be. No manifest changes.
+
+    lease → look up → plan (pure) → read, verified → encode, proved → packs (durable) → index → check → report
+
+A chunk id is the hash of raw bytes, so a chunk may lie in several places in several encodings; readers prefer the least
+deep one, then the shortest (`castore.store.preference`). What repack writes is preferred to what it replaces, which a
+collection then frees. "Check" is that of a save: what a new record rests on may have been condemned meanwhile; the
+chunk is then written once more, by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+from castore.chunk_writer import ChunkWriter, Coded
+from castore.closure import closure
+from castore.codec.base import Elements
+from castore.codec.chooser import encode_chunk
+from castore.codec.registry import CONSTANT, DELTA, DERIVED
+from castore.errors import ChunkMissingError, DamageError, UsageError
+from castore.format.layout import SNAPSHOTS, parse_snapshot_name
+from castore.format.manifest import Entry
+from castore.format.pack import RecordKind
+from castore.ids import ChunkId, SnapshotId
+from castore.leases import condemned_packs, writer_lease
+from castore.maintenance.parts import PartReader
+from castore.pack.writer import SealedPack
+from castore.repository import Handle
+from castore.snapshots import read_record
+from castore.store import Locations
+
+Level = Literal["usual", "max"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+Progress = Callable[[int, int], None]
+"""Called with (raw bytes done, raw bytes in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """One chunk to be written again."""
+
+    chunk_id: ChunkId
+    elements: Elements
+    location: Locations
+    """Where it lies now, then all that it rests on."""
+
+    @property
+    def raw_bytes(self) -> int:
+        """Of the chunk."""
+        return self.location[0].row.raw_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the record that is read now."""
+        return self.location[0].row.stored_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RepackReport:
+    """What was done, or with `dry_run` what would be tried."""
+
+    chunk_count: int
+    """Chunks that were looked at."""
+    raw_bytes: int
+    """Of those."""
+    stored_bytes: int
+    """Of the records that were read for them."""
+    rewritten_count: int
+    """Chunks that have a new record; without `flatten` only where that is shorter."""
+    old_bytes: int
+    """Stored bytes of the records that were replaced; a collection frees them."""
+    new_bytes: int
+    """Stored bytes of the new ones."""
+    pack_bytes: int
+    """Of the packs that were written."""
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def repack(
+    handle: Handle,
+    snapshots: Collection[SnapshotId] | None,
+    *,
+    level: Level,
+    flatten: bool,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> RepackReport:
+    """See `Repository.repack`."""
+    if level not in LEVELS:
+        raise UsageError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    if level == "usual" and not flatten:
+        raise UsageError("nothing to do: ask for flatten, or for level max, or both")
+    handle.config.check_features("write", where=handle.backend.location)
+    with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock()):
+        condemned = condemned_packs(handle.backend)
+        handle.store.refresh()
+        wanted = _chunks_of(handle, _all_snapshots(handle) if snapshots is None else snapshots)
+        resting = closure(wanted, handle.store, condemned)
+        lost = sorted(wanted.keys() - resting.keys())
+        if lost:
+            raise ChunkMissingError(
+                f"{len(lost)} chunks of these snapshots, {lost[0].hex()} among them, cannot be read; nothing was "
+                "written; run `castore verify`"
+            )
+        plan = plan_repack(wanted, resting, flatten=flatten, thorough=level == "max")
+        if dry_run:
+            return _report(plan, (), dry_run=True)
+        sealed = _Repack(handle, thorough=level == "max", flatten=flatten, progress=progress).execute(plan)
+    return _report(plan, sealed, dry_run=False)
+
+
+def plan_repack(
+    wanted: Mapping[ChunkId, Elements], resting: Mapping[ChunkId, Locations], *, flatten: bool, thorough: bool
+) -> list[Rewrite]:
+    """What is worth trying, in the order of packs and offsets."""
+    plan = []
+    for chunk_id, elements in wanted.items():
+        row = resting[chunk_id][0].row
+        rests = bool(row.base_ids)
+        # A byte or two cannot become shorter, only stand by themselves.
+        longer = thorough and row.chain not in ((CONSTANT,), (DERIVED,))
+        if (flatten and rests) or longer:
+            plan.append(Rewrite(chunk_id, elements, resting[chunk_id]))
+    return sorted(plan, key=lambda rewrite: (rewrite.location[0].pack_id, rewrite.location[0].row.offset))
+
+
+class _Repack:
+    """Carries a plan out."""
+
+    def __init__(self, handle: Handle, *, thorough: bool, flatten: bool, progress: Progress | None) -> None:
+        self._handle = handle
+        self._thorough = thorough
+        self._flatten = flatten
+        self._progress = progress
+
+    def execute(self, plan: Sequence[Rewrite]) -> list[SealedPack]:
+        """Write, durably, then check; the packs."""
+        sealed = self._write(plan, flatten=self._flatten)
+        written = {row.chunk_id for pack in sealed for row in pack.rows}
+        while True:
+            condemned = condemned_packs(self._handle.backend)
+            self._handle.store.refresh()
+            lost = written - closure(written, self._handle.store, condemned).keys()
+            if not lost:
+                return sealed
+            again = [rewrite for rewrite in plan if rewrite.chunk_id in lost]
+            sealed += self._write(again, flatten=True)
+
+    def _write(self, plan: Sequence[Rewrite], *, flatten: bool) -> list[SealedPack]:
+        handle = self._handle
+        writer = ChunkWriter(
+            handle.backend,
+            handle.hasher,
+            handle.config.repository_id,
+            compression="auto",
+            now_ns=handle.clock(),
+        )
+        total_bytes, done_bytes = sum(rewrite.raw_bytes for rewrite in plan), 0
+        try:
+            for rewrite in plan:
+                encode = partial(self._encode, rewrite, flatten=flatten)
+                writer.put_coded(rewrite.chunk_id, encode, raw_bytes=rewrite.raw_bytes, kind=RecordKind.LEAF)
+                done_bytes += rewrite.raw_bytes
+                if self._progress is not None:
+                    self._progress(done_bytes, total_bytes)
+            sealed = writer.finish()
+        except BaseException:
+            writer.abort()
+            raise
+        if sealed:
+            handle.store.add({pack.pack_id: pack.rows for pack in sealed})
+        return sealed
+
+    def _encode(self, rewrite: Rewrite, *, flatten: bool) -> Coded | None:
+        """The new record; None when it would not be shorter. Called by encoding threads."""
+        store, location = self._handle.store, rewrite.location[0]
+        row = location.row
+        raw = bytearray(rewrite.raw_bytes)
+        store.read_into(rewrite.chunk_id, store.find([rewrite.chunk_id])[0], memoryview(raw))
+        base = None
+        if row.chain == (DELTA,) and not flatten:
+            base = store.read_base(row, where=f"pack {location.pack_id}, record at {row.offset}", verify=True)
+        encoded = encode_chunk(
+            raw,
+            rewrite.elements,
+            "auto",
+            chunk_id=rewrite.chunk_id,
+            hasher=store.hasher,
+            base=base,
+            thorough=self._thorough,
+        )
+        if len(encoded.payload) >= row.stored_bytes and not (flatten and row.base_ids):
+            return None
+        return Coded(encoded, row.base_ids, row.depth) if encoded.rests_on_base else Coded(encoded)
+
+
+def _report(plan: Sequence[Rewrite], sealed: Iterable[SealedPack], *, dry_run: bool) -> RepackReport:
+    packs = tuple(sealed)
+    new = {row.chunk_id: row.stored_bytes for pack in packs for row in pack.rows}
+    return RepackReport(
+        chunk_count=len(plan),
+        raw_bytes=sum(rewrite.raw_bytes for rewrite in plan),
+        stored_bytes=sum(rewrite.stored_bytes for rewrite in plan),
+        rewritten_count=len(new),
+        old_bytes=sum(rewrite.stored_bytes for rewrite in plan if rewrite.chunk_id in new),
+        new_bytes=sum(new.values()),
+        pack_bytes=sum(pack.pack_bytes for pack in packs),
+        dry_run=dry_run,
+    )
+
+
+# ---- chunks of snapshots -----------------------------------------------------------------------------------------
+
+
+def _all_snapshots(handle: Handle) -> list[SnapshotId]:
+    """Every snapshot file: orphans are kept for their grace period."""
+    names = (parse_snapshot_name(info.name) for info in handle.backend.list(SNAPSHOTS))
+    return [snapshot_id for snapshot_id in names if snapshot_id is not None]
+
+
+def _chunks_of(handle: Handle, snapshots: Iterable[SnapshotId]) -> dict[ChunkId, Elements]:
+    """The chunks of leaves, with what their elements are. Raises DamageError for a manifest that cannot be read."""
+    parts = PartReader(handle)
+    found: dict[ChunkId, Elements] = {}
+    walked: set[ChunkId] = set()
+    for snapshot_id in snapshots:
+        for part_id in read_record(handle.backend, snapshot_id).part_ids:
+            if part_id in walked:
+                continue
+            walked.add(part_id)
+            part = parts.read(part_id)
+            if part.error or part.unresolved:
+                why = part.error or next(iter((part.unresolved or {}).values()))
+                raise DamageError(f"snapshot {snapshot_id[:12]}: {why}; run `castore verify`")
+            for entry in part.entries:
+                elements = elements_of(entry)
+                for chunk_id in entry.chunk_ids(handle.hasher.digest_bytes):
+                    found.setdefault(chunk_id, elements)
+    return found
+
+
+_TORCH_NAME = re.compile(r"(b?float|complex|u?int)(\d+)")
+_NUMPY_NAME = re.compile(r"[<|=]([fciub])(\d+)")
+
+
+def elements_of(entry: Entry) -> Elements:
+    """What the manifest's dtype says of the numbers in a leaf: advice for the chooser, without torch or numpy."""
+    torch_name, numpy_name = _TORCH_NAME.match(entry.dtype), _NUMPY_NAME.fullmatch(entry.dtype)
+    if numpy_name:
+        kind, width = numpy_name[1], int(numpy_name[2])
+    elif torch_name:
+        kind, width = torch_name[1].removeprefix("b")[0], int(torch_name[2]) // 8
+    else:
+        return Elements()
+    width = width // 2 if kind == "c" else width
+    return Elements(width, is_float=kind in "fc") if width in (1, 2, 4, 8) else Elements()
