@@ -317,14 +317,25 @@ class Repository:
 
     # ---- maintenance ---------------------------------------------------------------------------------------------
 
-    def verify(self, *, data: bool = False, progress: Progress | None = None) -> Any:
+    def verify(
+        self,
+        *,
+        data: bool = False,
+        max_duration_s: float | None = None,
+        max_age_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
         """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
+
+        `max_duration_s` and `max_age_s` spread the reading over many runs: packs are read for so long, those first
+        that were not read for longest, and those left out that were found whole within that age. What was read when is
+        remembered in the cache of the repository.
 
         Returns a VerifyReport with `.ok`; damage is reported, not raised.
         """
         from castore.maintenance.verify import verify
 
-        return verify(self._handle, data=data, progress=progress)
+        return verify(self._handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
 
     def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Any:
         """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
