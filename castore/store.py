@@ -86,8 +86,7 @@ class ChunkStore:
             self._index.clear()
             self.damaged_packs = {}
             self._reread.clear()
-            self._bad.clear()
-            self._marks_known.clear()
+            self._forget_damage()
         return len(self.refresh())
 
     def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
@@ -115,6 +114,16 @@ class ChunkStore:
             if self._marks_left > _MARKS_LEFT_MAX:
                 return
         leave_mark(self._backend, pack_id, [row.offset], why=why)
+
+    def forget_damage(self) -> None:
+        """Remember nothing of damaged records but what marks say from now on: somebody repaired them."""
+        with self._lock:
+            self._forget_damage()
+
+    def _forget_damage(self) -> None:
+        self._bad.clear()
+        self._marks_known.clear()
+        self._marks_left = 0
 
     def _read_marks(self) -> None:
         """Take in what others found to be damaged. Under the lock."""
