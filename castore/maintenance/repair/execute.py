@@ -12,14 +12,14 @@ Nothing is deleted; a repair that was cut off is simply run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from castore.chunk_writer import ChunkWriter
 from castore.codec.base import Elements
-from castore.errors import NoSpaceError, NotFoundError
-from castore.format.layout import new_quarantine, pack_name
+from castore.errors import NoSpaceError, NotFoundError, UnsupportedFormatError
+from castore.format.layout import new_quarantine, pack_name, snapshot_name
 from castore.format.textfile import encode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import writer_lease
@@ -28,7 +28,7 @@ from castore.maintenance.repair.plan import RefOffer, RepairPlan, SetAside, plan
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import examine
-from castore.options import TEXT_FILE_BYTES_MAX
+from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.refs import replace_ref_file
 from castore.repository import Handle
 
@@ -94,7 +94,7 @@ def repair(
         first = plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
         _execute(handle, plan, sources, done)
         for _ in range(_ROUNDS_MAX - 1):
-            if not plan.heals:
+            if not plan.heals and not plan.restores:
                 break
             plan = plan_repair(handle, examine(handle, data=True), sources)
             _execute(handle, plan, sources, done)
@@ -137,9 +137,12 @@ def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], d
             handle.store.add({sealed.pack_id: sealed.rows})
             done.new_packs.append(sealed.pack_id)
         aside.append(SetAside(pack_name(salvage.pack_id), salvage.reason))
+    restored = [(file, handle.backend.read(file.name, max_bytes=SNAPSHOT_BYTES_MAX)) for file in plan.restores]
     if aside:
         _quarantine(handle, aside, done)
         handle.store.refresh()
+    for file, data in restored:
+        handle.backend.put_if_absent(snapshot_name(file.snapshot_id), data)
     for loss in plan.new_losses:
         write_loss(handle.backend, loss)
     for snapshot_id in plan.healed:
@@ -147,7 +150,8 @@ def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], d
     for name in plan.stale_marks:
         handle.backend.delete(name)
     if plan.rebuild_index:
-        handle.store.rebuild()
+        with suppress(UnsupportedFormatError):  # a pack of a newer castore, which the plan has named
+            handle.store.rebuild()
     handle.store.forget_damage()
 
 
@@ -208,7 +212,6 @@ def _fix_ref(handle: Handle, offer: RefOffer, done: _Done) -> None:
     if offer.is_branch and offer.offered is None:
         return
     backend.put_if_absent(new_quarantine() + offer.file_name, old)
-    if replace_ref_file(
-        backend, offer.file_name, offer.name, expected=old, new_id=offer.offered, now_ns=handle.clock()
-    ):
+    now_ns = handle.clock()
+    if replace_ref_file(backend, offer.file_name, offer.name, expected=old, new_id=offer.offered, now_ns=now_ns):
         done.moved_refs[offer.file_name] = offer.offered

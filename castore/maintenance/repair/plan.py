@@ -24,9 +24,11 @@ from castore.format.layout import (
     decode_ref_name,
     pack_name,
     parse_lost_name,
+    parse_pack_name,
     snapshot_name,
 )
 from castore.format.pack import RecordKind
+from castore.format.snapshot import decode_snapshot
 from castore.format.textfile import decode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
@@ -34,7 +36,7 @@ from castore.maintenance.parts import affected_leaves
 from castore.maintenance.repair.salvage import Salvage, plan_salvage
 from castore.maintenance.repair.sources import ChunkSource
 from castore.maintenance.verify import Examination
-from castore.options import TEXT_FILE_BYTES_MAX
+from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.repository import Handle
 from castore.snapshots import read_record
 
@@ -45,6 +47,16 @@ class SetAside:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A whole snapshot file that lies under the name of another, and gets its own back."""
+
+    name: str
+    """Where it lies."""
+    snapshot_id: SnapshotId
+    """What it is, by its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,7 @@ class RepairPlan:
 
     salvages: tuple[Salvage, ...]
     set_aside: tuple[SetAside, ...]
+    restores: tuple[Restore, ...]
     heals: tuple[Heal, ...]
     losses: tuple[Loss, ...]
     """What stays lost, snapshot by snapshot."""
@@ -115,6 +128,7 @@ class RepairPlan:
                 for salvage in self.salvages
             ],
             "set_aside": [{"file": file.name, "reason": file.reason} for file in self.set_aside],
+            "restores": [{"file": file.name, "snapshot": file.snapshot_id} for file in self.restores],
             "heals": [{"chunk": heal.chunk_id.hex(), "from": self.source_names[heal.source]} for heal in self.heals],
             "losses": {
                 loss.snapshot_id: {
@@ -151,6 +165,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
     return RepairPlan(
         tuple(salvages),
         tuple(set_aside),
+        tuple(_restores(handle, found, snapshots)),
         tuple(heals),
         tuple(losses.values()),
         tuple(loss for loss in losses.values() if not _is_marked(found, loss)),
@@ -167,8 +182,13 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
 
 
 def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[Salvage]:
+    damaged = set(found.survey.damaged_packs)
+    for fault in found.survey.faults:
+        pack_id = parse_pack_name(fault.name)
+        if pack_id is not None and fault.base_id in found.survey.depths:
+            damaged.add(pack_id)  # the base is there and cannot serve: it is the record that is wrong
     salvages = []
-    for pack_id in sorted(found.survey.damaged_packs):
+    for pack_id in sorted(damaged):
         name = pack_name(pack_id)
         problems = [problem.message for problem in found.findings.problems if problem.where == name]
         reason = problems[0] if problems else "damaged"
@@ -279,6 +299,21 @@ def _unreadable_snapshots(handle: Handle, found: Examination, left: list[str]) -
         except CastoreError as error:
             left.append(f"{snapshot_name(snapshot_id)}: {error}")
     return aside
+
+
+def _restores(handle: Handle, found: Examination, snapshots: Sequence[SetAside]) -> list[Restore]:
+    """Files that were exchanged or renamed: their digest tells what they are."""
+    restores: dict[SnapshotId, Restore] = {}
+    for file in snapshots:
+        try:
+            data = handle.backend.read(file.name, max_bytes=SNAPSHOT_BYTES_MAX)
+            decode_snapshot(data, where=file.name)
+        except CastoreError:
+            continue
+        snapshot_id = SnapshotId(data[-handle.hasher.digest_bytes :].hex())
+        if snapshot_id not in found.records:
+            restores[snapshot_id] = Restore(file.name, snapshot_id)
+    return list(restores.values())
 
 
 def _unreadable_condemned(handle: Handle) -> list[SetAside]:
