@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         PartialLoadError,
         PathNotFoundError,
         PickleRefusedError,
+        PolicyWarning,
         RefError,
         RefExistsError,
         RepositoryAccessError,
@@ -45,18 +46,21 @@ if TYPE_CHECKING:
         StaleSaveWarning,
         StateMismatchError,
         StorageError,
+        ThinnedError,
         UnknownClassError,
         UnknownRefError,
         UnsupportedFormatError,
         UnsupportedLeafError,
         UsageError,
     )
+    from castore.maintenance.retention import Keep
     from castore.refs import Ref
     from castore.snapshots import Leaf, Snapshot
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Keep": "castore.maintenance.retention",
     "Leaf": "castore.snapshots",
     "Ref": "castore.refs",
     "PendingSave": "castore.checkpoint.background",
@@ -79,6 +83,7 @@ __all__ = [
     "DamageError",
     "FormatError",
     "InvalidNameError",
+    "Keep",
     "Leaf",
     "LeaseError",
     "LostLeavesError",
@@ -90,6 +95,7 @@ __all__ = [
     "PathNotFoundError",
     "PendingSave",
     "PickleRefusedError",
+    "PolicyWarning",
     "Ref",
     "RefError",
     "RefExistsError",
@@ -105,6 +111,7 @@ __all__ = [
     "StaleSaveWarning",
     "StateMismatchError",
     "StorageError",
+    "ThinnedError",
     "UnknownClassError",
     "UnknownRefError",
     "UnsupportedFormatError",

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
-from castore.options import Compression, HashName, RepositoryOptions
+from castore.marks import forgotten_ids, read_thinning, thinned_ids
+from castore.options import REPACK_BELOW, REPACK_BYTES_MAX, Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
 from castore.repository import Handle, create, open_repository
 from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
@@ -242,14 +243,19 @@ class Repository:
         return self._snapshot(resolve(self._handle.backend, ref))
 
     def log(self, ref: str | Snapshot = "main") -> Iterator[Snapshot]:
-        """The snapshot and its first parents, newest first; ends where a parent is gone."""
-        for snapshot_id, record in ancestry(self._handle.backend, resolve(self._handle.backend, ref)):
-            yield make_snapshot(snapshot_id, record, self._read_leaves)
+        """The snapshot and its first parents, newest first, across forgotten ones; ends where a parent is gone."""
+        backend = self._handle.backend
+        thinned = thinned_ids(backend)
+        for snapshot_id, record in ancestry(backend, resolve(backend, ref)):
+            overlay = read_thinning(backend, snapshot_id) if snapshot_id in thinned else None
+            yield make_snapshot(snapshot_id, record, self._read_leaves, overlay)
 
     def snapshots(self) -> Iterator[Snapshot]:
-        """Every snapshot of the repository, orphans included, by id."""
+        """Every snapshot of the repository, by id: orphans are among them, forgotten ones are not."""
+        forgotten = forgotten_ids(self._handle.backend)
         for snapshot_id in list_snapshot_ids(self._handle.backend):
-            yield self._snapshot(snapshot_id)
+            if snapshot_id not in forgotten:
+                yield self._snapshot(snapshot_id)
 
     def orphans(self) -> list[Snapshot]:
         """Snapshots that no branch or tag reaches: losers of conflicts and saves that died before their commit."""
@@ -378,6 +384,35 @@ class Repository:
 
         return usage(self._handle, depth=depth, progress=progress)
 
+    def gc(
+        self,
+        dry_run: bool = False,  # noqa: FBT001, FBT002  repo.gc(True) reads as what it is
+        *,
+        repack_below: float = REPACK_BELOW,
+        repack_bytes_max: int = REPACK_BYTES_MAX,
+        wait_s: float | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Any:
+        """Free what no branch, tag or orphan within its grace needs. Saves and loads go on meanwhile.
+
+        Args:
+            dry_run: say what would be freed, and change nothing.
+            repack_below: packs of which a smaller share is live are rewritten; 0 only deletes packs in which nothing is
+                live. repack_bytes_max: what one collection copies at most.
+            wait_s: how long to wait for saves that began before; what they hold up is left to the next collection. By
+                default the lease length of the repository.
+            progress: called with (what is being done, done, in all).
+
+        Returns a GcReport: what was freed, what is pending and why, what differences pin, what is wasted inside packs.
+        Interrupted at any point, it is simply run again. Raises LeaseError when another collector is at work, and
+        DamageError, having freed nothing, when a ref, snapshot or manifest cannot be read.
+        """
+        from castore.maintenance.gc.collect import GcRequest, collect
+
+        self._settle()
+        request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
+        return collect(self._handle, request, progress=progress or (lambda *_: None))
+
     def reindex(self, *, progress: Progress | None = None) -> Any:
         """Build the index again from the packs."""
         from castore.maintenance.reindex import reindex
@@ -441,11 +476,14 @@ class Repository:
         return snapshot_id
 
     def _snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
-        return make_snapshot(snapshot_id, read_record(self._handle.backend, snapshot_id), self._read_leaves)
+        backend = self._handle.backend
+        record = read_record(backend, snapshot_id)
+        return make_snapshot(snapshot_id, record, self._read_leaves, read_thinning(backend, snapshot_id))
 
     def _read_leaves(self, snapshot_id: SnapshotId) -> tuple[Leaf, ...]:
         handle = self._handle
-        return leaf_table(handle.manifests.entries(read_record(handle.backend, snapshot_id)), handle.hasher)
+        entries = handle.manifests.entries(read_record(handle.backend, snapshot_id))
+        return leaf_table(entries, handle.hasher, read_thinning(handle.backend, snapshot_id))
 
 
 def init(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Mapping
 
 from castore.format.layout import PACKS, snapshot_name
 from castore.format.manifest import Entry, chunk_bytes
@@ -11,6 +11,7 @@ from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.manifest_check import check_manifest
 from castore.maintenance.parts import PartReader
 from castore.maintenance.report import Findings, some
+from castore.marks import Thinning
 from castore.repository import Handle
 from castore.snapshots import split_ids
 
@@ -21,7 +22,9 @@ _NAMED_MAX = 10
 class NeededChunks:
     """Walks manifests, checks them, and collects every chunk that snapshots need."""
 
-    def __init__(self, handle: Handle, parts: PartReader, findings: Findings) -> None:
+    def __init__(
+        self, handle: Handle, parts: PartReader, findings: Findings, thinnings: Mapping[SnapshotId, Thinning]
+    ) -> None:
         self.lengths: dict[ChunkId, int | None] = {}
         """Chunk → raw length that the manifests expect; None for parts and id lists."""
         self.reported: set[ChunkId] = set()
@@ -29,7 +32,8 @@ class NeededChunks:
         self._hasher = handle.hasher
         self._parts = parts
         self._findings = findings
-        self._collected: set[ChunkId] = set()
+        self._thinnings = thinnings
+        self._collected: set[Hashable] = set()
         self.lost_parts: dict[SnapshotId, set[ChunkId]] = {}
         """Snapshot → its parts that cannot be read."""
         self.part_ids: set[ChunkId] = set()
@@ -54,8 +58,10 @@ class NeededChunks:
                 self._lost_lists.setdefault(message, {}).setdefault(snapshot_id, []).append(path)
             whole = whole and not part.error and not part.unresolved
             entries.extend(part.entries)
-            if part_id not in self._collected:
-                self._collected.add(part_id)
+        kept = self._parts.kept(record.part_ids, self._thinnings.get(snapshot_id))
+        for (key, part), part_id in zip(kept, record.part_ids, strict=True):
+            if key not in self._collected:
+                self._collected.add(key)
                 self._collect(part.entries, part_id)
         if whole:
             complaints = check_manifest(entries, record, self._hasher)

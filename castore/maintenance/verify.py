@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
+from castore.backend.base import Backend
 from castore.damage_marks import leave_mark, readable_marks
-from castore.errors import CastoreError, UnknownRefError, UsageError
+from castore.errors import CastoreError, DamageError, UnknownRefError, UsageError
 from castore.format.config import decode_config
 from castore.format.layout import (
     BRANCHES,
@@ -44,6 +46,16 @@ from castore.maintenance.record_check import Fault
 from castore.maintenance.report import Findings, Problem, ScrubCount, VerifyReport, some
 from castore.maintenance.scrub import Memory, load_memory, plan_scrub, remember, scrub
 from castore.maintenance.scrub import count as count_scrubbed
+from castore.marks import (
+    Forgotten,
+    Mark,
+    Thinning,
+    damaged_marks,
+    forgotten_ids,
+    read_forgotten,
+    read_thinning,
+    thinned_ids,
+)
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, read_branch, read_tag
 from castore.repository import Handle
@@ -69,12 +81,14 @@ class Examination:
     records: Records
     """Newest first."""
     unreadable: frozenset[SnapshotId]
+    marks: Marks
     parts: PartReader
     needs: NeededChunks
     survey: Survey
-    marks: Mapping[SnapshotId, Loss]
+    losses: Mapping[SnapshotId, Loss]
     """What earlier repairs marked as lost."""
-    damaged_marks: Collection[str]
+    damaged_losses: Collection[str]
+    """Files of such marks that cannot be read."""
     pack_ids: tuple[PackId, ...]
     scrub: ScrubCount | None
 
@@ -100,7 +114,7 @@ def verify(
     findings = found.findings
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
-    _note_marks(found)
+    _note_losses(found)
     _leave_marks(handle, found.survey)
     return VerifyReport(
         tuple(findings.problems),
@@ -109,7 +123,7 @@ def verify(
         len(found.needs.lengths),
         found.survey.checked_bytes,
         data or found.scrub is not None,
-        _orphans(found.refs, found.records, findings),
+        _orphans(found.refs, found.records, found.marks, findings),
         tuple(findings.notes),
         findings.damaged,
         findings.lost,
@@ -129,16 +143,17 @@ def examine(
     for name, value in (("max_duration_s", max_duration_s), ("max_age_s", max_age_s)):
         if value is not None and not value >= 0:
             raise UsageError(f"{name}: expected seconds of at least 0, found {value}")
-    marks, damaged_marks = read_losses(handle.backend)
-    findings = Findings(marks)
-    for name, error in damaged_marks.items():
+    losses, damaged_losses = read_losses(handle.backend)
+    findings = Findings(losses)
+    for name, error in damaged_losses.items():
         findings.problem("mark", name, f"{error}; `castore repair` finds out again what is lost")
     _check_config(handle, findings)
     refs = _read_refs(handle, findings)
-    records, unreadable = _read_snapshots(handle, findings, refs)
+    marks = _read_marks(handle, findings)
+    records, unreadable = _read_snapshots(handle, findings, refs, marks)
     _check_heads(refs, records.keys() | unreadable, findings)
     parts = PartReader(handle)
-    needs = NeededChunks(handle, parts, findings)
+    needs = NeededChunks(handle, parts, findings, marks.thinnings)
     for snapshot_id, record in records.items():
         needs.add(snapshot_id, record)
     needs.report()
@@ -168,17 +183,20 @@ def examine(
         memory = _remember(handle, scrubbed.whole, scrubbed.damaged, pack_ids)
         count = count_scrubbed(plan, scrubbed, memory)
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
-    report_losses(parts, snapshots, needs.lengths, survey, findings, explained=needs.reported)
+    report_losses(
+        parts, snapshots, needs.lengths, survey, findings, explained=needs.reported, thinnings=marks.thinnings
+    )
     return Examination(
         findings,
         refs,
         records,
         frozenset(unreadable),
+        marks,
         parts,
         needs,
         survey,
-        marks,
-        tuple(damaged_marks),
+        losses,
+        tuple(damaged_losses),
         pack_ids,
         count,
     )
@@ -202,9 +220,9 @@ def _leave_marks(handle: Handle, survey: Survey) -> None:
         leave_mark(handle.backend, pack_id, [fault.row.offset for fault in faults], why=faults[0].message)
 
 
-def _note_marks(found: Examination) -> None:
+def _note_losses(found: Examination) -> None:
     lost = dict(found.findings.lost)
-    for snapshot_id in found.marks:
+    for snapshot_id in found.losses:
         if snapshot_id not in lost and snapshot_id not in dict(found.findings.damaged):
             gone = snapshot_id not in found.records
             state = "is gone" if gone else "is whole, as far as was checked"
@@ -254,15 +272,23 @@ def _check_heads(refs: Mapping[str, Ref], there: Collection[SnapshotId], finding
 
 
 def _read_snapshots(
-    handle: Handle, findings: Findings, refs: Mapping[str, Ref]
+    handle: Handle, findings: Findings, refs: Mapping[str, Ref], marks: Marks
 ) -> tuple[dict[SnapshotId, SnapshotRecord], set[SnapshotId]]:
-    """The records, newest first, and the ids of those that cannot be read."""
+    """The records, newest first, and the ids of those that cannot be read.
+
+    Forgotten snapshots that no ref names are passed over: gc may be half through with them.
+    """
+    waiting = marks.forgotten.keys() - {ref.snapshot_id for ref in refs.values()}
+    waiting_count = 0
     records: dict[SnapshotId, SnapshotRecord] = {}
     unreadable: set[SnapshotId] = set()
     for info in handle.backend.list(SNAPSHOTS):
         snapshot_id = parse_snapshot_name(info.name)
         if snapshot_id is None or len(snapshot_id) != 2 * handle.hasher.digest_bytes:
             findings.note(f"{info.name} is no snapshot of this repository; it is ignored")
+            continue
+        if snapshot_id in waiting:
+            waiting_count += 1
             continue
         try:
             records[snapshot_id] = read_record(handle.backend, snapshot_id)
@@ -275,20 +301,55 @@ def _read_snapshots(
             findings.problem("snapshot", info.name, f"{error}{named}", {snapshot_id: ()})
     for snapshot_id, record in records.items():
         for parent in record.parents:
-            if parent not in records and parent not in unreadable:
+            if parent not in records and parent not in unreadable and parent not in marks.forgotten:
                 findings.note(f"parent {parent} of snapshot {snapshot_id} is gone: its history ends there")
+    if waiting_count:
+        findings.note(
+            f"{waiting_count} forgotten snapshots wait for gc; `castore undelete` brings them back until then"
+        )
     newest_first = sorted(records.items(), key=lambda item: item[1].time_ns, reverse=True)
     return dict(newest_first), unreadable
 
 
-def _orphans(refs: Mapping[str, Ref], records: Records, findings: Findings) -> tuple[SnapshotId, ...]:
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The marks that can be read."""
+
+    forgotten: Mapping[SnapshotId, Forgotten]
+    thinnings: Mapping[SnapshotId, Thinning]
+
+
+def _read_marks(handle: Handle, findings: Findings) -> Marks:
+    for name, error in damaged_marks(handle.backend).items():
+        advice = "forget, thin or undelete the snapshot again to write it anew; gc refuses to run until then"
+        findings.problem("mark", name, f"{error}; {advice}")
+    return Marks(
+        _readable(handle, forgotten_ids(handle.backend), read_forgotten),
+        _readable(handle, thinned_ids(handle.backend), read_thinning),
+    )
+
+
+def _readable(
+    handle: Handle, snapshot_ids: Collection[SnapshotId], read: Callable[[Backend, SnapshotId], Mark | None]
+) -> dict[SnapshotId, Mark]:
+    found: dict[SnapshotId, Mark] = {}
+    for snapshot_id in snapshot_ids:
+        with suppress(DamageError):  # named already
+            mark = read(handle.backend, snapshot_id)
+            if mark is not None:
+                found[snapshot_id] = mark
+    return found
+
+
+def _orphans(refs: Mapping[str, Ref], records: Records, marks: Marks, findings: Findings) -> tuple[SnapshotId, ...]:
     reached: set[SnapshotId] = set()
     pending = [ref.snapshot_id for ref in refs.values()]
     while pending:
         snapshot_id = pending.pop()
-        if snapshot_id in records and snapshot_id not in reached:
+        found = records.get(snapshot_id) or marks.forgotten.get(snapshot_id)
+        if found is not None and snapshot_id not in reached:
             reached.add(snapshot_id)
-            pending.extend(records[snapshot_id].parents)
+            pending.extend(found.parents)
     orphans = tuple(snapshot_id for snapshot_id in records if snapshot_id not in reached)
     if orphans and any(problem.kind in ("ref", "snapshot") for problem in findings.problems):
         findings.note("some orphans may only be cut off by the damage to refs and snapshots named above")

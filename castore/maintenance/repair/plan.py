@@ -239,7 +239,7 @@ def _losses(handle: Handle, found: Examination, available: Collection[ChunkId]) 
     lost = found.needs.lengths.keys() - set(available)
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in found.records.items()}
     leaves: dict[SnapshotId, set[str]] = {}
-    for affected in affected_leaves(found.parts, snapshots, lost).values():
+    for affected in affected_leaves(found.parts, snapshots, lost, found.marks.thinnings).values():
         for snapshot_id, paths in affected.items():
             leaves.setdefault(snapshot_id, set()).update(paths)
     now_ns = handle.clock()
@@ -255,7 +255,7 @@ def _losses(handle: Handle, found: Examination, available: Collection[ChunkId]) 
 
 
 def _is_marked(found: Examination, loss: Loss) -> bool:
-    known = found.marks.get(loss.snapshot_id)
+    known = found.losses.get(loss.snapshot_id)
     return known is not None and (known.leaves, known.leaf_count, set(known.parts)) == (
         loss.leaves,
         loss.leaf_count,
@@ -264,8 +264,8 @@ def _is_marked(found: Examination, loss: Loss) -> bool:
 
 
 def _healed(found: Examination, losses: Mapping[SnapshotId, Loss]) -> tuple[SnapshotId, ...]:
-    damaged = (parse_lost_name(name) for name in found.damaged_marks)
-    marked = {*found.marks, *(snapshot_id for snapshot_id in damaged if snapshot_id is not None)}
+    damaged = (parse_lost_name(name) for name in found.damaged_losses)
+    marked = {*found.losses, *(snapshot_id for snapshot_id in damaged if snapshot_id is not None)}
     return tuple(sorted(marked - losses.keys()))
 
 
