@@ -216,6 +216,15 @@ class CodecError(DamageError):
     """An encoded payload does not decode to what its record declares."""
 
 
+class NoValidSnapshotError(DamageError):
+    """Every snapshot that was tried is damaged."""
+
+    def __init__(self, message: str, *, skipped: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)
+        """(snapshot id, why it cannot be loaded), newest first."""
+
+
 class ChunkMissingError(DamageError):
     """No pack holds the chunk."""
 
@@ -233,15 +242,6 @@ class LostLeavesError(ChunkMissingError):
         """Paths of the lost leaves, where they are known."""
         self.left = tuple(left)
         """Paths of the leaves that can be loaded: give them, or some of them, as paths=."""
-
-
-class NoValidSnapshotError(DamageError):
-    """Every snapshot that was tried is damaged."""
-
-    def __init__(self, message: str, *, skipped: Sequence[tuple[str, str]]) -> None:
-        super().__init__(message)
-        self.skipped = tuple(skipped)
-        """(snapshot id, why it cannot be loaded), newest first."""
 
 
 class PartialLoadError(CastoreError):

@@ -7,7 +7,8 @@ is lost and with it the knowledge of which chunks that snapshot needed.
 Mark file, lost/<snapshot id> (textfile.py):
     {"leaf_count": int, "leaves": [path, …], "parts": [chunk id in hex, …], "snapshot": snapshot id, "time_ns": int}
 
-`leaves` holds the first paths of `leaf_count`; leaves of lost manifest parts are not known and not among them.
+`leaves` holds the first paths of `leaf_count`; leaves of lost manifest parts are not known and not among them. `parts`
+are lost manifest parts and id lists.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Loss:
     """Paths of leaves that cannot be read whole, the first of them when they are very many."""
     leaf_count: int
     parts: tuple[ChunkId, ...]
-    """Manifest parts that cannot be read: what leaves they named is not known."""
+    """Manifest parts and id lists that cannot be read: of a part it is not known what leaves it named."""
     time_ns: int
 
     def covers(self, paths: Collection[str]) -> bool:

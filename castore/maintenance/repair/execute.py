@@ -24,6 +24,8 @@ from castore.format.textfile import encode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import writer_lease
 from castore.losses import delete_loss, write_loss
+from castore.maintenance.gc.claim import collector_claim
+from castore.maintenance.gc.writers import Watch
 from castore.maintenance.repair.plan import RefOffer, RepairPlan, SetAside, plan_repair
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw
@@ -106,8 +108,10 @@ def repair(
 
 @contextmanager
 def _alone(handle: Handle) -> Iterator[None]:
-    """A writer lease."""
-    with writer_lease(handle.backend, purpose="repair", now_ns=handle.clock()):
+    """A writer lease, and the claim of a collector: until the end nobody else collects."""
+    backend, now_ns = handle.backend, handle.clock()
+    watch = Watch(lease_s=handle.config.options.lease_s)
+    with collector_claim(backend, watch, now_ns=now_ns), writer_lease(backend, purpose="repair", now_ns=now_ns):
         yield
 
 

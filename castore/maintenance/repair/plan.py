@@ -22,6 +22,7 @@ from castore.format.layout import (
     TAGS,
     check_ref_name,
     decode_ref_name,
+    is_condemned_name,
     pack_name,
     parse_lost_name,
     parse_pack_name,
@@ -230,7 +231,7 @@ def _revive(found: Examination, salvages: Sequence[Salvage], available: set[Chun
     resting = [row for salvage in salvages for row in salvage.resting]
     resting += [fault.row for fault in found.survey.faults if fault.base_id is not None]
     for row in sorted(resting, key=lambda row: row.depth):
-        if row.base_id in available:
+        if row.base_id in available and row.base_id not in found.survey.depths:
             available.add(row.chunk_id)
 
 
@@ -238,18 +239,17 @@ def _losses(handle: Handle, found: Examination, available: Collection[ChunkId]) 
     """Snapshot → what stays lost of it."""
     lost = found.needs.lengths.keys() - set(available)
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in found.records.items()}
+    affected = affected_leaves(found.parts, snapshots, lost, found.marks.thinnings)
     leaves: dict[SnapshotId, set[str]] = {}
-    for affected in affected_leaves(found.parts, snapshots, lost, found.marks.thinnings).values():
-        for snapshot_id, paths in affected.items():
+    parts: dict[SnapshotId, set[ChunkId]] = {}
+    for chunk_id, touched in affected.items():
+        for snapshot_id, paths in touched.items():
             leaves.setdefault(snapshot_id, set()).update(paths)
+            if found.needs.lengths[chunk_id] is None:
+                parts.setdefault(snapshot_id, set()).add(chunk_id)
     now_ns = handle.clock()
     return {
-        snapshot_id: make_loss(
-            snapshot_id,
-            paths,
-            sorted(part_id for part_id in snapshots[snapshot_id] if part_id in lost),
-            time_ns=now_ns,
-        )
+        snapshot_id: make_loss(snapshot_id, paths, sorted(parts.get(snapshot_id, ())), time_ns=now_ns)
         for snapshot_id, paths in leaves.items()
     }
 
@@ -320,7 +320,7 @@ def _unreadable_condemned(handle: Handle) -> list[SetAside]:
     """Condemned sets that nobody can read. Whoever wrote one is dead: the repair holds the claim of collectors."""
     aside = []
     for info in handle.backend.list(GC):
-        if info.name.endswith(".condemned"):
+        if is_condemned_name(info.name):
             try:
                 fields = decode_text_file(handle.backend.read(info.name, max_bytes=TEXT_FILE_BYTES_MAX), name=info.name)
                 if all(isinstance(name, str) for name in fields.get("packs", [None])):
