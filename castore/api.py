@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
+from castore.errors import DamageError, RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
 from castore.marks import forgotten_ids, read_thinning, thinned_ids
 from castore.options import REPACK_BELOW, REPACK_BYTES_MAX, Compression, HashName, RepositoryOptions
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from castore.checkpoint.background import BackgroundSaver, PendingSave
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
+    from castore.checkpoint.valid import ValidState
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -221,6 +223,45 @@ class Repository:
         )
         snapshot_id = self._resolve(ref)
         return load(self._handle, snapshot_id, request, into=into, progress=progress)
+
+    def load_latest_valid(
+        self,
+        ref: str | Snapshot = "main",
+        *,
+        paths: Sequence[str] | None = None,
+        into: Any = None,
+        strict: bool = True,
+        device: Any = None,
+        allow_pickle: bool = False,
+        classes: Mapping[str, type] | None = None,
+        missing_classes: Literal["error", "dict"] = "error",
+        progress: Progress | None = None,
+    ) -> ValidState:
+        """Load the newest snapshot of a ref's history that is whole, every byte verified: what a run resumes from.
+
+            found = repo.load_latest_valid("main")
+            model.load_state_dict(found.state["model"])
+            repo.save(state, step=step, parent=found.snapshot)      # history goes on from what was loaded
+
+        Goes back from the ref along first parents; where history breaks off, on to the other snapshots that were saved
+        to the branch, the newest first. Each that is passed over is told by a SkippedSnapshotWarning, a record of the
+        logger "castore", and in the result: `.state`, `.snapshot`, `.skipped` with the reasons. Thinned snapshots are
+        passed over when what was dropped is asked for.
+
+        Arguments as in `load`. With `into` a snapshot is read twice: live memory is touched only by what has proved to
+        be whole. Raises NoValidSnapshotError (nothing was touched) when there is none; UnknownRefError; and what is
+        wrong with the call rather than with the stored bytes, as `load` does.
+        """
+        from castore.checkpoint.load import LoadRequest
+        from castore.checkpoint.valid import ValidState, load_valid
+
+        request = LoadRequest(
+            paths, strict, device, allow_pickle=allow_pickle, classes=classes, missing_classes=missing_classes
+        )
+        with suppress(DamageError):  # of the ref file
+            self._resolve(ref)
+        state, snapshot_id, skipped = load_valid(self._handle, ref, request, into=into, progress=progress)
+        return ValidState(state, self._snapshot(snapshot_id), skipped)
 
     def read(
         self, ref: str, path: str, *, rows: slice | None = None, verify: bool = True, allow_pickle: bool = False

@@ -85,6 +85,17 @@ def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into:
         return assign(into, matched, values(), classes=request.classes, missing_classes=request.missing_classes)
 
 
+def prove(handle: Handle, snapshot_id: SnapshotId, paths: Sequence[str] | None) -> None:
+    """Read all that a load would read, verified, and keep nothing of it. Raises what the load would for damage."""
+    entries = read_entries(handle, snapshot_id, paths)
+    selected = select_entries(entries, paths, where=f"snapshot {snapshot_id[:12]}")
+    refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
+    fetch = _Fetch(handle, snapshot_id, LoadRequest(paths))
+    for entry in selected:
+        fetch._want(entry, _Nowhere())
+    fetch.run(None)
+
+
 def read_leaf(
     handle: Handle, snapshot_id: SnapshotId, path: str, *, rows: slice | None, verify: bool, allow_pickle: bool
 ) -> Any:
@@ -392,6 +403,18 @@ class _Buffer:
 
     def write(self, start: int, data: memoryview) -> None:
         self.view[start : start + len(data)] = data
+
+
+class _Nowhere:
+    """A destination for bytes that are only to be verified."""
+
+    direct = False
+
+    def memory(self) -> memoryview:
+        raise UsageError("nothing is kept here")
+
+    def write(self, start: int, data: memoryview) -> None:
+        pass
 
 
 class _Live:

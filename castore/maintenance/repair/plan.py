@@ -11,11 +11,12 @@ the index              → build it again
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from castore.damage_marks import mark_names, read_mark
-from castore.errors import CastoreError, DamageError, UnsupportedFormatError
+from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
 from castore.format.layout import (
     BRANCHES,
     GC,
@@ -38,6 +39,7 @@ from castore.maintenance.repair.salvage import Salvage, plan_salvage
 from castore.maintenance.repair.sources import ChunkSource
 from castore.maintenance.verify import Examination
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
+from castore.pack.reader import read_header
 from castore.repository import Handle
 from castore.snapshots import read_record
 
@@ -150,7 +152,11 @@ class RepairPlan:
 
 
 def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSource]) -> RepairPlan:
-    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data."""
+    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data.
+
+    Raises UnsupportedFormatError when a pack is of a newer castore: what rests on it would look damaged.
+    """
+    _check_formats(handle, found)
     left: list[str] = []
     salvages = _plan_salvages(handle, found, left)
     available = set(found.survey.depths)
@@ -180,6 +186,17 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
 
 
 # ---- chunks ------------------------------------------------------------------------------------------------
+
+
+def _check_formats(handle: Handle, found: Examination) -> None:
+    for pack_id in sorted(found.survey.damaged_packs):
+        name = pack_name(pack_id)
+        with suppress(DamageError, StorageError, RepositoryAccessError):
+            reader = handle.backend.open_reader(name)
+            try:
+                read_header(reader, where=name)
+            finally:
+                reader.close()
 
 
 def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[Salvage]:
