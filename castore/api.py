@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
     from castore.checkpoint.valid import ValidState
+    from castore.maintenance.retention import Duration
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -368,19 +369,24 @@ class Repository:
         self,
         *,
         data: bool = False,
-        max_duration_s: float | None = None,
-        max_age_s: float | None = None,
+        max_duration: Duration | None = None,
+        max_age: Duration | None = None,
         progress: Progress | None = None,
     ) -> Any:
         """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
 
-        `max_duration_s` and `max_age_s` spread the reading over many runs: packs are read for so long, those first
-        that were not read for longest, and those left out that were found whole within that age. What was read when is
-        remembered in the cache of the repository.
+        `max_duration` and `max_age` ("10m", "30d", seconds, a timedelta) spread the reading over many runs: packs are
+        read for so long, those first that were not read for longest, and those left out that were found whole within
+        that age. What was read when is remembered in the cache of the repository.
 
         Returns a VerifyReport with `.ok`; damage is reported, not raised.
         """
+        from castore.maintenance.retention import duration_ns
         from castore.maintenance.verify import verify
+
+        max_duration_s, max_age_s = (
+            None if given is None else duration_ns(given) / 1e9 for given in (max_duration, max_age)
+        )
 
         return verify(self._handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
 

@@ -106,12 +106,9 @@ def delete_ref_file(backend: Backend, file_name: str) -> bool:
             return True
 
 
-def replace_ref_file(
-    backend: Backend, file_name: str, name: str, *, expected: bytes, new_id: SnapshotId | None, now_ns: int
-) -> bool:
-    """Replace a ref file, a damaged one too, that holds the expected bytes; None removes it. False when it changed."""
-    new = None if new_id is None else encode_text_file({"name": name, "snapshot": new_id, "time_ns": now_ns})
-    return backend.compare_and_swap(file_name, expected=expected, new=new)
+def encode_ref(ref: Ref) -> bytes:
+    """The file of a branch or tag."""
+    return encode_text_file({"name": ref.name, "snapshot": ref.snapshot_id, "time_ns": ref.time_ns})
 
 
 def check_free(backend: Backend, name: str, *, as_tag: bool) -> None:
@@ -305,5 +302,5 @@ def _swap(
         return False
     new = None
     if new_id is not None:
-        new = encode_text_file({"name": name, "snapshot": new_id, "time_ns": now_ns})
+        new = encode_ref(Ref(name, new_id, now_ns))
     return backend.compare_and_swap(file_name, expected=old, new=new)

@@ -65,7 +65,7 @@ def load_valid(
     reasons = "; ".join(f"{name[:12]}: {why}" for name, why in skipped[:3])
     more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     raise NoValidSnapshotError(
-        f"{ref_text(ref)!r}: no snapshot of its history can be loaded whole ({reasons}{more}); run `castore verify --data` "
+        f"{ref_text(ref)!r}: no snapshot can be loaded whole ({reasons}{more}); run `castore verify --data` "
         "to see what is left",
         skipped=skipped,
     )

@@ -36,6 +36,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
+        "repair": ("repair", "Mend what is damaged, and say what is lost."),
         "reindex": ("upkeep", "Build the index again from the packs."),
     },
 }

@@ -31,7 +31,7 @@ from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import examine
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
-from castore.refs import replace_ref_file
+from castore.refs import Ref, encode_ref
 from castore.repository import Handle
 
 Progress = Callable[[int, int], None]
@@ -39,6 +39,8 @@ Progress = Callable[[int, int], None]
 
 _ROUNDS_MAX = 3
 """A healed manifest part names chunks that nobody could know of; a healed id list more of them; then all is known."""
+_KEPT_BYTES_MAX = 64 * TEXT_FILE_BYTES_MAX
+"""Of a ref or mark: whatever lies there is kept, were it not what it claims to be."""
 _HEALED = Elements(4, is_float=True)
 """The element type of a lost chunk is not known here, and nearly all state is fp32."""
 
@@ -147,6 +149,8 @@ def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], d
         handle.store.refresh()
     for file, data in restored:
         handle.backend.put_if_absent(snapshot_name(file.snapshot_id), data)
+    for mark in plan.unmarked:
+        _replace_file(handle, mark.name, None, done)
     for loss in plan.new_losses:
         write_loss(handle.backend, loss)
     for snapshot_id in plan.healed:
@@ -198,7 +202,7 @@ def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done
 
 def _quarantine(handle: Handle, aside: Sequence[SetAside], done: _Done) -> None:
     """Move files out of the way; what for is written down first."""
-    folder = new_quarantine()
+    folder = new_quarantine()  # one for each round: no name can be taken
     why = {file.name: file.reason[:1000] for file in aside[:500]}
     handle.backend.put_if_absent(f"{folder}why", encode_text_file({"time_ns": handle.clock(), "files": why}))
     for file in aside:
@@ -207,15 +211,23 @@ def _quarantine(handle: Handle, aside: Sequence[SetAside], done: _Done) -> None:
 
 
 def _fix_ref(handle: Handle, offer: RefOffer, done: _Done) -> None:
-    """Keep a copy of the file, and point the branch to what is offered."""
-    backend = handle.backend
-    try:
-        old = backend.read(offer.file_name, max_bytes=TEXT_FILE_BYTES_MAX)
-    except NotFoundError:
-        return
+    """Point a branch to what is offered; take a tag away."""
     if offer.is_branch and offer.offered is None:
         return
-    backend.put_if_absent(new_quarantine() + offer.file_name, old)
-    now_ns = handle.clock()
-    if replace_ref_file(backend, offer.file_name, offer.name, expected=old, new_id=offer.offered, now_ns=now_ns):
+    new = None
+    if offer.offered is not None:
+        new = encode_ref(Ref(offer.name, offer.offered, handle.clock()))
+    if _replace_file(handle, offer.file_name, new, done):
         done.moved_refs[offer.file_name] = offer.offered
+
+
+def _replace_file(handle: Handle, name: str, new: bytes | None, done: _Done) -> bool:
+    """Replace or remove a file that moves by compare-and-swap, and keep a copy; whether it was still there."""
+    backend = handle.backend
+    try:
+        old = backend.read(name, max_bytes=_KEPT_BYTES_MAX)
+    except NotFoundError:
+        return False
+    done.quarantine = done.quarantine or new_quarantine()
+    backend.put_if_absent(done.quarantine + name, old)
+    return backend.compare_and_swap(name, expected=old, new=new)

@@ -38,6 +38,7 @@ from castore.maintenance.parts import affected_leaves
 from castore.maintenance.repair.salvage import Salvage, plan_salvage
 from castore.maintenance.repair.sources import ChunkSource
 from castore.maintenance.verify import Examination
+from castore.marks import damaged_marks
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.pack.reader import read_header
 from castore.repository import Handle
@@ -90,6 +91,8 @@ class RepairPlan:
 
     salvages: tuple[Salvage, ...]
     set_aside: tuple[SetAside, ...]
+    unmarked: tuple[SetAside, ...]
+    """Marks of forgetting, thinning and orphans that cannot be read; without them more is kept, never less."""
     restores: tuple[Restore, ...]
     heals: tuple[Heal, ...]
     losses: tuple[Loss, ...]
@@ -109,7 +112,15 @@ class RepairPlan:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to do; refs may be broken all the same."""
-        work = (self.salvages, self.set_aside, self.heals, self.new_losses, self.healed, self.stale_marks)
+        work = (
+            self.salvages,
+            self.set_aside,
+            self.unmarked,
+            self.heals,
+            self.new_losses,
+            self.healed,
+            self.stale_marks,
+        )
         return not any(work) and not self.rebuild_index
 
     @property
@@ -130,7 +141,7 @@ class RepairPlan:
                 }
                 for salvage in self.salvages
             ],
-            "set_aside": [{"file": file.name, "reason": file.reason} for file in self.set_aside],
+            "set_aside": [{"file": file.name, "reason": file.reason} for file in (*self.set_aside, *self.unmarked)],
             "restores": [{"file": file.name, "snapshot": file.snapshot_id} for file in self.restores],
             "heals": [{"chunk": heal.chunk_id.hex(), "from": self.source_names[heal.source]} for heal in self.heals],
             "losses": {
@@ -172,6 +183,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
     return RepairPlan(
         tuple(salvages),
         tuple(set_aside),
+        tuple(SetAside(name, str(error)) for name, error in sorted(damaged_marks(handle.backend).items())),
         tuple(_restores(handle, found, snapshots)),
         tuple(heals),
         tuple(losses.values()),
