@@ -6,8 +6,9 @@ exchanged and copied under each other's names. After each:
 
 1. every snapshot loads bit for bit, or with a CastoreError; what loads wrong without an error is the one thing that
    must never be. verify(data=True) raises nothing, and is not ok when anything failed to load.
-2. a dry run of repair changes no file. After repair the repository opens; what loaded before loads as before; verify is
-   clean, or what it names is lost is marked; what is marked as lost says what is left, and that loads bit for bit.
+2. a dry run of repair changes no file (whoever reads may mark a damaged record). After repair the repository opens;
+   what loaded before loads as before; verify is clean, and what is lost is marked; a snapshot with losses says what
+   is left, and that loads bit for bit.
 3. a second repair finds nothing to do, and saving goes on.
 
 CASTORE_TEST_PROFILE=thorough runs every case, and rounds of several damages at once; by default a sample of the cases
@@ -21,6 +22,7 @@ import random
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ from tests.checkpoint.repositories import copied, create_on, files_of, open_on
 from tests.checkpoint.states import State, assert_same
 
 THOROUGH = os.environ.get("CASTORE_TEST_PROFILE") == "thorough"
-SAMPLED = 260
+SAMPLED = 200
 """Of the cases that touch one stretch, by default."""
 MEMORY_BYTES = 1 << 30
 """Above what the process has when the module begins."""
@@ -56,8 +58,8 @@ Change = Callable[[bytes, int, int], bytes]
 def bounded_memory() -> Iterator[None]:
     """A length from disk that is believed ends in a MemoryError, which is no CastoreError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    with open("/proc/self/status", encoding="ascii") as status:
-        used_kib = next(int(line.split()[1]) for line in status if line.startswith("VmData"))
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    used_kib = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (used_kib * 1024 + MEMORY_BYTES, hard))
     yield
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -135,7 +137,9 @@ def pack_stretches(rows: list[Row], size: int) -> Iterator[Stretch]:
     yield from fields("header", 0, (8, 2, 1, 1, 4, 8, 16, 16, 8))
     for row in rows:
         if not row.in_run:
-            yield from fields(f"{row.kind.name.lower()} record", row.offset - 32 - 2 * N, (4, 1, 1, 2, 4, 4, 4, 8, N, N, 4))
+            yield from fields(
+                f"{row.kind.name.lower()} record", row.offset - 32 - 2 * N, (4, 1, 1, 2, 4, 4, 4, 8, N, N, 4)
+            )
         end = row.offset + row.stored_bytes
         yield f"{row.kind.name.lower()} payload", row.offset, end
         yield "payload's last byte", end - 1, end
@@ -245,7 +249,9 @@ def sampled_cases() -> list[Case]:
     rng = random.Random(0)
     groups: dict[tuple[str, str, str], list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.name.split("/")[0], case.what.split(" field")[0], case.change.__name__), []).append(case)
+        groups.setdefault((case.name.split("/")[0], case.what.split(" field")[0], case.change.__name__), []).append(
+            case
+        )
     chosen = {id(case): case for group in groups.values() for case in rng.sample(group, 1)}
     rest = [case for case in cases if id(case) not in chosen]
     more = rng.sample(rest, max(0, min(len(rest), SAMPLED - len(chosen))))
@@ -290,12 +296,17 @@ def check_damaged(files: Files, truth: Mapping[str, State]) -> None:
     report = open_on(copied(backend)).verify(data=True)
     if any(before.values()):
         assert not report.ok
-    unchanged = files_of(backend)
+    unchanged = files_without_marks(backend)
     dry = repo.repair(dry_run=True)
-    assert files_of(backend) == unchanged
+    assert files_without_marks(backend) == unchanged
     assert not dry.acted
     repo.repair(fix_refs=True)
     check_repaired(backend, truth, before)
+
+
+def files_without_marks(backend: MemoryBackend) -> Files:
+    """Whoever meets a damaged record marks it."""
+    return {name: data for name, data in files_of(backend).items() if not name.startswith("damaged/")}
 
 
 def check_repaired(
@@ -341,7 +352,7 @@ def test_the_undamaged_repository_is_whole_and_needs_little(compression: str) ->
     assert repo.verify(data=True).ok
     assert not any(loads_of(repo, whole.truth).values())
     plan = repo.repair(dry_run=True).plan
-    assert not (plan.salvages or plan.set_aside or plan.heals or plan.losses or plan.refs)
+    assert not any((plan.salvages, plan.set_aside, plan.unmarked, plan.heals, plan.losses, plan.refs))
     assert len(plan.stale_marks) == len(plan.healed) == 1
 
 

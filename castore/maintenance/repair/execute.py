@@ -20,13 +20,14 @@ from castore.chunk_writer import ChunkWriter
 from castore.codec.base import Elements
 from castore.errors import NoSpaceError, NotFoundError, UnsupportedFormatError
 from castore.format.layout import new_quarantine, pack_name, snapshot_name
+from castore.format.snapshot import rebuild_snapshot
 from castore.format.textfile import encode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import writer_lease
 from castore.losses import delete_loss, write_loss
 from castore.maintenance.gc.claim import collector_claim
 from castore.maintenance.gc.writers import Watch
-from castore.maintenance.repair.plan import RefOffer, RepairPlan, SetAside, plan_repair
+from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAside, plan_repair
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import examine
@@ -143,12 +144,13 @@ def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], d
             handle.store.add({sealed.pack_id: sealed.rows})
             done.new_packs.append(sealed.pack_id)
         aside.append(SetAside(pack_name(salvage.pack_id), salvage.reason))
-    restored = [(file, handle.backend.read(file.name, max_bytes=SNAPSHOT_BYTES_MAX)) for file in plan.restores]
+    restored = [_rebuilt(handle, file) for file in plan.restores]
     if aside:
         _quarantine(handle, aside, done)
         handle.store.refresh()
-    for file, data in restored:
-        handle.backend.put_if_absent(snapshot_name(file.snapshot_id), data)
+    for rebuilt in restored:
+        if rebuilt is not None:
+            handle.backend.put_if_absent(snapshot_name(rebuilt[0]), rebuilt[1])
     for mark in plan.unmarked:
         _replace_file(handle, mark.name, None, done)
     for loss in plan.new_losses:
@@ -198,6 +200,11 @@ def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done
         raise
     handle.store.add({pack.pack_id: pack.rows for pack in sealed})
     done.new_packs += [pack.pack_id for pack in sealed]
+
+
+def _rebuilt(handle: Handle, restore: Restore) -> tuple[SnapshotId, bytes] | None:
+    data = handle.backend.read(restore.name, max_bytes=SNAPSHOT_BYTES_MAX)
+    return rebuild_snapshot(data, handle.hasher, named=restore.named)
 
 
 def _quarantine(handle: Handle, aside: Sequence[SetAside], done: _Done) -> None:

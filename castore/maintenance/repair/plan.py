@@ -30,7 +30,7 @@ from castore.format.layout import (
     snapshot_name,
 )
 from castore.format.pack import RecordKind
-from castore.format.snapshot import decode_snapshot
+from castore.format.snapshot import rebuild_snapshot
 from castore.format.textfile import decode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
@@ -55,10 +55,12 @@ class SetAside:
 
 @dataclass(frozen=True, slots=True)
 class Restore:
-    """A whole snapshot file that lies under the name of another, and gets its own back."""
+    """A snapshot whose body is whole, in a file that is damaged around it or has the name of another."""
 
     name: str
     """Where it lies."""
+    named: SnapshotId
+    """What the file is called after."""
     snapshot_id: SnapshotId
     """What it is, by its digest."""
 
@@ -176,7 +178,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
     available.update(heal.chunk_id for heal in heals)
     _revive(found, salvages, available)
     losses = _losses(handle, found, available)
-    snapshots = _unreadable_snapshots(handle, found, left)
+    snapshots, restores = _unreadable_snapshots(handle, found, left)
     left += [problem.message for problem in found.findings.problems if problem.kind == "snapshot" and problem.leaves]
     set_aside = [*snapshots, *_unreadable_condemned(handle)]
     gone = {PackId(salvage.pack_id) for salvage in salvages}
@@ -184,7 +186,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
         tuple(salvages),
         tuple(set_aside),
         tuple(SetAside(name, str(error)) for name, error in sorted(damaged_marks(handle.backend).items())),
-        tuple(_restores(handle, found, snapshots)),
+        tuple(restores.values()),
         tuple(heals),
         tuple(losses.values()),
         tuple(loss for loss in losses.values() if not _is_marked(found, loss)),
@@ -318,31 +320,36 @@ def _stale_marks(handle: Handle, found: Examination, gone: Collection[PackId]) -
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def _unreadable_snapshots(handle: Handle, found: Examination, left: list[str]) -> list[SetAside]:
-    aside = []
+def _unreadable_snapshots(
+    handle: Handle, found: Examination, left: list[str]
+) -> tuple[list[SetAside], dict[SnapshotId, Restore]]:
+    """Files to set aside, and the snapshots that they hold after all: their bodies are whole."""
+    aside: list[SetAside] = []
+    restores: dict[SnapshotId, Restore] = {}
     for snapshot_id in sorted(found.unreadable):
+        name = snapshot_name(snapshot_id)
         try:
             read_record(handle.backend, snapshot_id)
-        except DamageError as error:
-            aside.append(SetAside(snapshot_name(snapshot_id), str(error)))
+        except (DamageError, UnsupportedFormatError) as error:
+            restore = _restore(handle, name, snapshot_id)
+            if restore is None and isinstance(error, UnsupportedFormatError):
+                left.append(str(error))
+                continue
+            aside.append(SetAside(name, str(error)))
+            if restore is not None and restore.snapshot_id not in found.records:
+                restores[restore.snapshot_id] = restore
         except CastoreError as error:
-            left.append(f"{snapshot_name(snapshot_id)}: {error}")
-    return aside
+            left.append(f"{name}: {error}")
+    return aside, restores
 
 
-def _restores(handle: Handle, found: Examination, snapshots: Sequence[SetAside]) -> list[Restore]:
-    """Files that were exchanged or renamed: their digest tells what they are."""
-    restores: dict[SnapshotId, Restore] = {}
-    for file in snapshots:
-        try:
-            data = handle.backend.read(file.name, max_bytes=SNAPSHOT_BYTES_MAX)
-            decode_snapshot(data, where=file.name)
-        except CastoreError:
-            continue
-        snapshot_id = SnapshotId(data[-handle.hasher.digest_bytes :].hex())
-        if snapshot_id not in found.records:
-            restores[snapshot_id] = Restore(file.name, snapshot_id)
-    return list(restores.values())
+def _restore(handle: Handle, name: str, snapshot_id: SnapshotId) -> Restore | None:
+    try:
+        data = handle.backend.read(name, max_bytes=SNAPSHOT_BYTES_MAX)
+    except CastoreError:
+        return None
+    rebuilt = rebuild_snapshot(data, handle.hasher, named=snapshot_id)
+    return Restore(name, snapshot_id, rebuilt[0]) if rebuilt is not None else None
 
 
 def _unreadable_condemned(handle: Handle) -> list[SetAside]:
