@@ -61,6 +61,9 @@ def load_valid(
         except _PASSED_OVER as error:
             _skip(skipped, snapshot_id, error)
             continue
+        for name, why in skipped:
+            message = f"{name[:40]} cannot be loaded, an older snapshot was: {why}"
+            warnings.warn(message, SkippedSnapshotWarning, stacklevel=3)  # the caller of Repository.load_latest_valid
         return state, snapshot_id, tuple(skipped)
     reasons = "; ".join(f"{name[:12]}: {why}" for name, why in skipped[:3])
     more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
@@ -112,6 +115,4 @@ def _saved_to(handle: Handle, branches: set[str]) -> list[SnapshotId]:
 
 def _skip(skipped: list[tuple[str, str]], name: str, error: CastoreError) -> None:
     skipped.append((name, str(error)))
-    message = f"{name[:40]} cannot be loaded, an older snapshot is tried: {error}"
-    log.warning("%s", message)
-    warnings.warn(message, SkippedSnapshotWarning, stacklevel=5)  # the caller of Repository.load_latest_valid
+    log.warning("%s cannot be loaded, an older snapshot is tried: %s", name[:40], error)
