@@ -356,10 +356,17 @@ def test_the_undamaged_repository_is_whole_and_needs_little(compression: str) ->
     assert len(plan.stale_marks) == len(plan.healed) == 1
 
 
-@pytest.mark.parametrize("kind", sorted({case.name.split("/")[0] for case in all_cases()}))
-def test_any_stretch_of_any_file(kind: str) -> None:
-    cases = [case for case in sampled_cases() if case.name.split("/")[0] == kind]
-    assert cases
+def cases_by_kind() -> dict[str, list[Case]]:
+    """Of one test each; the thorough form is split further."""
+    groups: dict[str, list[Case]] = {}
+    for case in sampled_cases():
+        kind = case.name.split("/")[0]
+        groups.setdefault(f"{kind}-{case.change.__name__}-{case.name[-8:]}" if THOROUGH else kind, []).append(case)
+    return groups
+
+
+@pytest.mark.parametrize("cases", [pytest.param(cases, id=kind) for kind, cases in cases_by_kind().items()])
+def test_any_stretch_of_any_file(cases: list[Case]) -> None:
     for case in cases:
         whole = WHOLE[case.compression]
         try:

@@ -45,7 +45,7 @@ def repair_command(app: App, yes: bool, origins: Sequence[Path], fix_refs: bool)
 
     Records that read right are copied out of damaged packs; what is damaged moves to quarantine/; lost chunks are
     written again where their content is found; snapshots that lost leaves all the same are marked, so that the rest
-    of them loads with --path and gc goes on. Reads every byte. Exits with 3 when something is lost or needs a hand.
+    of them can be loaded and gc goes on. Reads every byte. Exits with 3 when something is lost or needs a hand.
     """
     sources = [_source(origin) for origin in origins]
     with app.open() as repository, app.progress("reading every byte") as progress:
