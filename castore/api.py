@@ -13,13 +13,20 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from castore.errors import CastoreError, PolicyWarning, RepositoryExistsError, RepositoryNotFoundError, UsageError
+from castore.errors import (
+    CastoreError,
+    DamageError,
+    PolicyWarning,
+    RepositoryExistsError,
+    RepositoryNotFoundError,
+    UsageError,
+)
 from castore.format.layout import POLICY
 from castore.ids import SnapshotId
 from castore.manifests import leaf_table
@@ -34,9 +41,10 @@ if TYPE_CHECKING:
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
     from castore.checkpoint.undelete import ForgottenSnapshot, UndeleteReport
+    from castore.checkpoint.valid import ValidState
     from castore.maintenance.forget import ForgetReport
     from castore.maintenance.policy import Policy, PolicyCounter, PolicyReport
-    from castore.maintenance.retention import Keep
+    from castore.maintenance.retention import Duration, Keep
     from castore.maintenance.thin import ThinReport
     from castore.transfer.execute import TransferReport
 
@@ -234,6 +242,45 @@ class Repository:
         )
         snapshot_id = self._resolve(ref)
         return load(self._handle, snapshot_id, request, into=into, progress=progress)
+
+    def load_latest_valid(
+        self,
+        ref: str | Snapshot = "main",
+        *,
+        paths: Sequence[str] | None = None,
+        into: Any = None,
+        strict: bool = True,
+        device: Any = None,
+        allow_pickle: bool = False,
+        classes: Mapping[str, type] | None = None,
+        missing_classes: Literal["error", "dict"] = "error",
+        progress: Progress | None = None,
+    ) -> ValidState:
+        """Load the newest snapshot of a ref's history that is whole, every byte verified: what a run resumes from.
+
+            found = repo.load_latest_valid("main")
+            model.load_state_dict(found.state["model"])
+            repo.save(state, step=step, parent=found.snapshot)      # history goes on from what was loaded
+
+        Goes back from the ref along first parents; where history breaks off, on to the other snapshots that were saved
+        to the branch, the newest first. Each that is passed over is told by a SkippedSnapshotWarning, a record of the
+        logger "castore", and in the result: `.state`, `.snapshot`, `.skipped` with the reasons. Thinned snapshots are
+        passed over when what was dropped is asked for.
+
+        Arguments as in `load`. With `into` a snapshot is read twice: live memory is touched only by what has proved to
+        be whole. Raises NoValidSnapshotError (nothing was touched) when there is none; UnknownRefError; and what is
+        wrong with the call rather than with the stored bytes, as `load` does.
+        """
+        from castore.checkpoint.load import LoadRequest
+        from castore.checkpoint.valid import ValidState, load_valid
+
+        request = LoadRequest(
+            paths, strict, device, allow_pickle=allow_pickle, classes=classes, missing_classes=missing_classes
+        )
+        with suppress(DamageError):  # of the ref file
+            self._resolve(ref)
+        state, snapshot_id, skipped = load_valid(self._handle, ref, request, into=into, progress=progress)
+        return ValidState(state, self._snapshot(snapshot_id), skipped)
 
     def read(
         self, ref: str, path: str, *, rows: slice | None = None, verify: bool = True, allow_pickle: bool = False
@@ -453,14 +500,65 @@ class Repository:
 
     # ---- maintenance ---------------------------------------------------------------------------------------------
 
-    def verify(self, *, data: bool = False, progress: Progress | None = None) -> Any:
+    def verify(
+        self,
+        *,
+        data: bool = False,
+        max_duration: Duration | None = None,
+        max_age: Duration | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
         """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
+
+        `max_duration` and `max_age` ("10m", "30d", seconds, a timedelta) spread the reading over many runs: packs are
+        read for so long, those first that were not read for longest, and those left out that were found whole within
+        that age. What was read when is remembered in the cache of the repository.
 
         Returns a VerifyReport with `.ok`; damage is reported, not raised.
         """
+        from castore.maintenance.retention import duration_ns
         from castore.maintenance.verify import verify
 
-        return verify(self._handle, data=data, progress=progress)
+        max_duration_s, max_age_s = (
+            None if given is None else duration_ns(given) / 1e9 for given in (max_duration, max_age)
+        )
+
+        return verify(self._handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
+
+    def repair(
+        self,
+        *,
+        sources: Sequence[Any] = (),
+        dry_run: bool = False,
+        fix_refs: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Bring a damaged repository to a state that can be worked with, and lose nothing that can still be read.
+
+        Records that read right are copied out of damaged packs into new ones; what is damaged then moves to the folder
+        `quarantine/`, nothing is deleted. Chunks that are lost are written again where another source holds the same
+        content. Of snapshots that lost leaves all the same it is marked which: `load` names them (LostLeavesError), the
+        other leaves load with `paths=`, and gc goes on.
+
+        Args:
+            sources: where lost content may be found: paths of other repositories, or states (what a checkpoint file
+                held), of which every chunk is tried.
+            dry_run: only plan.
+            fix_refs: move branches that name nothing readable to the newest whole snapshot that was saved to them.
+
+        Returns a RepairReport. Reads every byte, as `verify(data=True)` does. Raises LeaseError while a collector is at
+        work, NoSpaceError before anything is written, StorageError.
+        """
+        from castore.maintenance.repair.execute import repair
+
+        self._settle()
+        return repair(
+            self._handle,
+            [self._chunk_source(source) for source in sources],
+            dry_run=dry_run,
+            fix_refs=fix_refs,
+            progress=progress,
+        )
 
     def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Any:
         """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
@@ -662,6 +760,24 @@ class Repository:
         if self._saver is not None and self._saver.is_of_this_process:
             self._saver.wait()
             self._saver.raise_failure()
+
+    def _chunk_source(self, source: Any) -> Any:
+        """A source for `repair`: a repository, or a state that is hashed as a save would."""
+        from castore.maintenance.repair.sources import MappedSource, RepositorySource
+
+        hasher = self._handle.hasher
+        if isinstance(source, str | os.PathLike):
+            return RepositorySource(open_repository(Path(source)), hasher)
+        if isinstance(source, Repository):
+            return RepositorySource(source.handle, hasher)
+        from castore.checkpoint.plan import hash_state, plan_manifest
+        from castore.tensors import flatten
+
+        hashed = hash_state(flatten(source, allow_pickle=False), hasher, progress=lambda _: None)
+        found = dict(plan_manifest(hashed.entries, hasher).sources)
+        for leaf in hashed.leaves:
+            found.update(zip(leaf.ids, leaf.sources, strict=True))
+        return MappedSource("a state", {chunk_id: chunk.read for chunk_id, chunk in found.items()})
 
     def _bound(self, snapshot: Snapshot) -> Snapshot:
         return replace(snapshot, _read_leaves=self._read_leaves)

@@ -5,7 +5,9 @@ as can be read is decoded; what is wrong stands in "problems". Ids are hex. The 
 
     pack        header, trailer, records (from the table, else from a scan) and gaps
     snapshot    every field of the record
-    text files  config, branch, tag, lease, condemned set, marks, policy: their fields
+    text files  config, branch, tag, lease, condemned set, marks, policy, the reasons of a quarantine: their fields
+    lock        empty, and so is all that can be said
+    scrub       what was verified when: named only
     index       the LMDB file and its guard are named only; `castore reindex` builds them again
 """
 
@@ -49,6 +51,8 @@ ROWS_SHOWN = 1000
 _LMDB_MAGIC = struct.pack("=I", 0xBEEFC0DE)
 _LMDB_MAGIC_AT = 16
 _GUARD_MAGIC = b"CASTGARD"
+_TEXT_FOLDERS = ("branches", "tags", "forgotten", "thin", "orphans", "lost", "damaged")
+_SCRUB_MAGIC = b"CASTSCRB"
 _HEAD_SHOWN_BYTES = 64
 _SNAPSHOT_BODY_AT = 24
 _DEPTH_MAX = 50
@@ -91,6 +95,10 @@ Describe = Callable[[RangeReader, str, list[str], "int | None"], dict[str, Any]]
 def _kind(head: bytes, where: str) -> Describe:
     """How to read a file that begins like this, or failing that, has this name."""
     name = Path(where).name
+    if name == ".lock" and not head:
+        return _named("lock", "nothing: it is locked while a branch or tag moves")
+    if head.startswith(_SCRUB_MAGIC):
+        return _named("scrub memory", "when each pack was last read whole; it may be deleted")
     if head.startswith(PACK_MAGIC):
         return _pack
     if head.startswith(SNAPSHOT_MAGIC):
@@ -109,9 +117,19 @@ def _kind(head: bytes, where: str) -> Describe:
         return _snapshot
     if name.startswith("index."):
         return _index
-    if name == "config" or name.endswith((".lease", ".condemned")) or Path(where).parent.name in ("branches", "tags"):
+    if name in ("config", "why") or name.endswith((".lease", ".condemned")) or Path(where).parent.name in _TEXT_FOLDERS:
         return _text
     return _unknown
+
+
+def _named(kind: str, holds: str) -> Describe:
+    """A file of which there is no more to say."""
+
+    def describe(reader: RangeReader, where: str, problems: list[str], limit: int | None) -> dict[str, Any]:
+        del reader, where, problems, limit
+        return {"kind": kind, "holds": holds}
+
+    return describe
 
 
 def _unknown(reader: RangeReader, where: str, problems: list[str], limit: int | None) -> dict[str, Any]:
@@ -369,6 +387,9 @@ def _text_kind(fields: Mapping[str, Any], where: str) -> str:
         ("thinned", {"thinned_ns", "dropped"}),
         ("orphan", {"since_ns"}),
         ("policy", {"keep", "thin", "every_saves"}),
+        ("loss", {"snapshot", "leaves", "parts"}),
+        ("damage mark", {"pack", "offsets"}),
+        ("quarantine", {"files", "time_ns"}),
     ):
         if keys <= fields.keys():
             return kind

@@ -25,8 +25,10 @@ CastoreError
 │   ├── FormatError                a file or record cannot be parsed
 │   ├── ChecksumError              the bytes changed after they were written
 │   ├── CodecError                 an encoded payload does not decode
+│   ├── NoValidSnapshotError       every snapshot that was tried is damaged
 │   ├── ChunkMissingError          no pack holds the chunk
-│   │   └── SnapshotGoneError      the snapshot was collected while it was being read
+│   │   ├── SnapshotGoneError      the snapshot was collected while it was being read
+│   │   └── LostLeavesError        a repair marked leaves of the snapshot as lost: load the others
 │   └── ParityExceededError        more of a pack is lost than its parity restores
 ├── PartialLoadError               a load failed midway: names the live leaves already overwritten
 ├── LeaseError                     a lease was lost or cannot be taken
@@ -36,6 +38,7 @@ CastoreError
 
 CastoreWarning                     (a UserWarning)
 ├── LowSpaceWarning                the save may not fit the disk
+├── SkippedSnapshotWarning         a snapshot could not be loaded, and an older one was
 ├── SlowSaveWarning                saves are asked for faster than they can be written
 ├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
 └── StaleSaveWarning               the step moved, but no tensor changed
@@ -236,12 +239,32 @@ class CodecError(DamageError):
     """An encoded payload does not decode to what its record declares."""
 
 
+class NoValidSnapshotError(DamageError):
+    """Every snapshot that was tried is damaged."""
+
+    def __init__(self, message: str, *, skipped: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)
+        """(snapshot id, why it cannot be loaded), newest first."""
+
+
 class ChunkMissingError(DamageError):
     """No pack holds the chunk."""
 
 
 class SnapshotGoneError(ChunkMissingError):
     """The snapshot was collected while it was being read."""
+
+
+class LostLeavesError(ChunkMissingError):
+    """Leaves of the snapshot are lost for good, as a repair has found; the others can be loaded."""
+
+    def __init__(self, message: str, *, lost: Sequence[str], left: Sequence[str]) -> None:
+        super().__init__(message)
+        self.lost = tuple(lost)
+        """Paths of the lost leaves, where they are known."""
+        self.left = tuple(left)
+        """Paths of the leaves that can be loaded: give them, or some of them, as paths=."""
 
 
 class ParityExceededError(DamageError):
@@ -279,6 +302,10 @@ class CastoreWarning(UserWarning):
 
 class LowSpaceWarning(CastoreWarning):
     """What a save is about to write may not fit the free space."""
+
+
+class SkippedSnapshotWarning(CastoreWarning):
+    """A snapshot was asked for that cannot be loaded whole, and an older one was loaded in its place."""
 
 
 class StaleSaveWarning(CastoreWarning):

@@ -106,6 +106,11 @@ def delete_ref_file(backend: Backend, file_name: str) -> bool:
             return True
 
 
+def encode_ref(ref: Ref) -> bytes:
+    """The file of a branch or tag."""
+    return encode_text_file({"name": ref.name, "snapshot": ref.snapshot_id, "time_ns": ref.time_ns})
+
+
 def check_free(backend: Backend, name: str, *, as_tag: bool) -> None:
     """A new branch must not share its name with a tag, nor a new tag with a branch. Raises RefExistsError."""
     check_ref_name(name)
@@ -297,5 +302,5 @@ def _swap(
         return False
     new = None
     if new_id is not None:
-        new = encode_text_file({"name": name, "snapshot": new_id, "time_ns": now_ns})
+        new = encode_ref(Ref(name, new_id, now_ns))
     return backend.compare_and_swap(file_name, expected=old, new=new)

@@ -35,6 +35,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "UnknownRefError": {"message": "m", "near": ["main"]},
     "AmbiguousRefError": {"message": "m", "near": ["heads/x", "tags/x"]},
     "PathNotFoundError": {"message": "m", "near": ["model/w"]},
+    "LostLeavesError": {"message": "m", "lost": ["model/w"], "left": ["step", "model/b"]},
+    "NoValidSnapshotError": {"message": "m", "skipped": [("3f2a", "checksum")]},
     "ThinnedError": {"message": "m", "dropped": ["optimizer/m"], "left": ["model"]},
 }
 """Arguments of the errors that take more than a message; each becomes an attribute."""

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from castore.checkpoint.fetch import Destination, FetchJob, fetch_all
+from castore.checkpoint.lost import entries_left, explain
 from castore.checkpoint.select import any_of, no_such_path, select_entries
 from castore.checkpoint.thinned import leaf_paths, refuse_dropped
 from castore.errors import (
     CastoreError,
     ChunkMissingError,
+    DamageError,
+    LostLeavesError,
     PartialLoadError,
     PickleRefusedError,
     SnapshotGoneError,
@@ -67,7 +70,7 @@ class LoadRequest:
 def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into: Any, progress: Progress | None) -> Any:
     """Load a state. See `Repository.load`."""
     where = f"snapshot {snapshot_id[:12]}"
-    entries = read_entries(handle, snapshot_id)
+    entries = read_entries(handle, snapshot_id, request.paths)
     selected = select_entries(entries, request.paths, where=where)
     refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
     fetch = _Fetch(handle, snapshot_id, request)
@@ -83,12 +86,23 @@ def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into:
         return assign(into, matched, values(), classes=request.classes, missing_classes=request.missing_classes)
 
 
+def prove(handle: Handle, snapshot_id: SnapshotId, paths: Sequence[str] | None) -> None:
+    """Read all that a load would read, verified, and keep nothing of it. Raises what the load would for damage."""
+    entries = read_entries(handle, snapshot_id, paths)
+    selected = select_entries(entries, paths, where=f"snapshot {snapshot_id[:12]}")
+    refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
+    fetch = _Fetch(handle, snapshot_id, LoadRequest(paths))
+    for entry in selected:
+        fetch._want(entry, _Nowhere())
+    fetch.run(None)
+
+
 def read_leaf(
     handle: Handle, snapshot_id: SnapshotId, path: str, *, rows: slice | None, verify: bool, allow_pickle: bool
 ) -> Any:
     """One leaf, or some of its rows. See `Repository.read`."""
     where = f"snapshot {snapshot_id[:12]}"
-    entries = read_entries(handle, snapshot_id)
+    entries = read_entries(handle, snapshot_id, (path,))
     entry = _leaf_at(entries, path, where)
     refuse_dropped(handle.backend, snapshot_id, entries, (path,))
     fetch = _Fetch(handle, snapshot_id, LoadRequest(verify=verify, allow_pickle=allow_pickle))
@@ -109,13 +123,19 @@ def read_leaf(
     return value[start:stop]
 
 
-def read_entries(handle: Handle, snapshot_id: SnapshotId) -> list[Entry]:
-    """All entries of a snapshot. Raises UnknownRefError, SnapshotGoneError or another DamageError."""
+def read_entries(handle: Handle, snapshot_id: SnapshotId, paths: Sequence[str] | None = None) -> list[Entry]:
+    """All entries of a snapshot; of one that lost parts of its manifest those that are left, when `paths` are leaves
+    among them.
+
+    Raises UnknownRefError, SnapshotGoneError, LostLeavesError or another DamageError.
+    """
     record = read_record(handle.backend, snapshot_id)
     try:
         entries = handle.manifests.entries(record)
-    except ChunkMissingError as error:
-        raise _gone_or(handle, snapshot_id, error) from error
+    except DamageError as error:
+        if isinstance(error, ChunkMissingError):
+            error = _gone_or(handle, snapshot_id, error)
+        entries = entries_left(handle, snapshot_id, record, paths, error)
     check_paths(entries, where=f"snapshot {snapshot_id[:12]}")
     return entries
 
@@ -290,8 +310,11 @@ class _Fetch:
         try:
             yield
         except CastoreError as error:
+            explained = self._explained(error)
             if self._overwritten:
-                raise self._partial(error) from error
+                raise self._partial(explained) from error
+            if explained is not error:
+                raise explained from error
             raise
 
     def _fill(self, entry: Entry, target: Target) -> None:
@@ -320,10 +343,20 @@ class _Fetch:
             )
             error = _gone_or(self._handle, self._snapshot_id, error)
             if not isinstance(error, SnapshotGoneError):  # thinned and collected since the look at the beginning?
-                entries = read_entries(self._handle, self._snapshot_id)
+                entries = read_entries(self._handle, self._snapshot_id, self._request.paths)
                 refuse_dropped(self._handle.backend, self._snapshot_id, entries, missing)
-            raise error
+            raise self._explained(error)
         return [wanted.job(key, locations[key]) for wanted, key in zip(self._wanted, ids, strict=True)]
+
+    def _explained(self, error: CastoreError) -> CastoreError:
+        """The error that a repair's mark explains, else the given one."""
+        if not isinstance(error, ChunkMissingError) or isinstance(error, SnapshotGoneError | LostLeavesError):
+            return error
+        try:
+            entries = read_entries(self._handle, self._snapshot_id, self._request.paths)
+        except CastoreError:
+            return error
+        return explain(self._handle, self._snapshot_id, error, entries)
 
     def _note_touched(self, path: str) -> None:
         if path in self._live:
@@ -371,6 +404,18 @@ class _Buffer:
 
     def write(self, start: int, data: memoryview) -> None:
         self.view[start : start + len(data)] = data
+
+
+class _Nowhere:
+    """A destination for bytes that are only to be verified."""
+
+    direct = False
+
+    def memory(self) -> memoryview:
+        raise UsageError("nothing is kept here")
+
+    def write(self, start: int, data: memoryview) -> None:
+        pass
 
 
 class _Live:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +15,14 @@ import click
 
 from castore.cli.command import REPOSITORY_VARIABLE, App, command, snapshot_fields
 from castore.cli.render import ID_DIGITS, clean, cost_text, plural, size
-from castore.errors import UsageError
+from castore.errors import SkippedSnapshotWarning, UsageError
 from castore.format.paths import compile_glob, encode_key, last_component
 from castore.options import COMPRESSIONS, HASH_NAMES, Compression, HashName
 
 if TYPE_CHECKING:
-    from castore.snapshots import Leaf
+    from castore.api import Repository
+    from castore.cli.command import Progress
+    from castore.snapshots import Leaf, Snapshot
 
 METADATA_KEY = "safetensors"
 """Key of a snapshot's metadata that keeps `__metadata__` of a .safetensors file, for the way back."""
@@ -205,6 +208,7 @@ castore export main@1200 all.safetensors --tensors-only --separator /
     help="Write namedtuples and dataclasses, which need their code, as dicts.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Trust the repository: load leaves that are pickles.")
+@click.option("--latest-valid", is_flag=True, help="Of REF's history the newest snapshot that is whole.")
 def export_command(
     app: App,
     *,
@@ -216,6 +220,7 @@ def export_command(
     force: bool,
     classes_as_dicts: bool,
     allow_pickle: bool,
+    latest_valid: bool,
 ) -> None:
     """Write the state of REF to FILE (.pt, .pth, .ckpt, .bin as torch.save does; .safetensors).
 
@@ -228,17 +233,23 @@ def export_command(
     if not force:
         check_absent(file)
     with app.open() as repository:
-        snapshot = repository.snapshot(ref)
-        if kind == "safetensors" and not tensors_only:
-            check_leaves(snapshot.leaves, paths)
+        as_dicts: Literal["dict", "error"] = "dict" if classes_as_dicts or kind == "safetensors" else "error"
         with app.progress("loading") as progress:
-            state = repository.load(
-                snapshot.id,
-                paths=list(paths) or None,
-                allow_pickle=allow_pickle,
-                missing_classes="dict" if classes_as_dicts or kind == "safetensors" else "error",
-                progress=progress,
-            )
+            if latest_valid:
+                snapshot, state = _load_valid(
+                    app, repository, ref, paths, allow_pickle=allow_pickle, missing_classes=as_dicts, progress=progress
+                )
+            else:
+                snapshot = repository.snapshot(ref)
+                if kind == "safetensors" and not tensors_only:
+                    check_leaves(snapshot.leaves, paths)
+                state = repository.load(
+                    snapshot.id,
+                    paths=list(paths) or None,
+                    allow_pickle=allow_pickle,
+                    missing_classes=as_dicts,
+                    progress=progress,
+                )
         if kind == "safetensors":
             tensors = name_tensors(state, separator=separator, leave_out=tensors_only)
             write_safetensors(file, tensors, _file_metadata(snapshot.metadata), force=force)
@@ -249,6 +260,31 @@ def export_command(
         app.document({"snapshot": snapshot.id, "file": str(file), "format": kind, "file_bytes": written})
     else:
         app.line(f"wrote {clean(str(file))}, {size(written)}, from {snapshot.id[:ID_DIGITS]}")
+
+
+def _load_valid(
+    app: App,
+    repository: Repository,
+    ref: str,
+    paths: Sequence[str],
+    *,
+    allow_pickle: bool,
+    missing_classes: Literal["dict", "error"],
+    progress: Progress | None,
+) -> tuple[Snapshot, Any]:
+    """The newest snapshot that is whole; what was passed over is said on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SkippedSnapshotWarning)
+        found = repository.load_latest_valid(
+            ref,
+            paths=list(paths) or None,
+            allow_pickle=allow_pickle,
+            missing_classes=missing_classes,
+            progress=progress,
+        )
+    for name, why in found.skipped:
+        app.note(f"passed over {clean(name[:ID_DIGITS])}: {clean(why)}")
+    return found.snapshot, found.state
 
 
 def check_leaves(leaves: Iterable[Leaf], globs: Sequence[str]) -> None:

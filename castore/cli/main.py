@@ -44,6 +44,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "du": ("upkeep", "Say where the bytes are."),
         "repack": ("repack", "Write chunks again: without bases, or as short as can be."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),
+        "repair": ("repair", "Mend what is damaged, and say what is lost."),
         "reindex": ("upkeep", "Build the index again from the packs."),
         "parity": ("parity", "Add, check or remove what restores lost stretches of packs."),
     },

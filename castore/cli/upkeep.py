@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from castore.errors import NotFoundError, RepositoryNotFoundError
 
 if TYPE_CHECKING:
     from castore.maintenance.reindex import ReindexReport
-    from castore.maintenance.report import Problem, VerifyReport
+    from castore.maintenance.report import Problem, ScrubCount, VerifyReport
     from castore.maintenance.usage import Usage
 
 _LEAVES_SHOWN_MAX = 5
@@ -30,14 +31,23 @@ _LEAVES_SHOWN_MAX = 5
     examples="""
 castore verify            structure: every file, every reference
 castore verify --data     and every byte
+castore verify --max-duration 10m --max-age 30d    a slice of it, for a nightly job
 castore verify --json | jq '.damaged_snapshots'
 """,
 )
 @click.option("--data", is_flag=True, help="Read, decode and hash every chunk.")
-def verify_command(app: App, data: bool) -> int | None:
-    """Check the repository and name every damaged snapshot and leaf. Exits with 3 when there is damage."""
+@click.option("--max-duration", metavar="TIME", help="Read packs for so long (10m, 2h), the longest unread first.")
+@click.option("--max-age", metavar="TIME", help="Leave out packs that were read and found whole within it (30d).")
+def verify_command(app: App, data: bool, max_duration: str | None, max_age: str | None) -> int | None:
+    """Check the repository and name every damaged snapshot and leaf. Exits with 3 when there is damage.
+
+    With --max-duration or --max-age every byte is read over many runs; what was read when is remembered. Leaves
+    that a repair has marked as lost are told and are no new damage. What is damaged, `castore repair` mends.
+    """
     with app.open() as repository, app.progress("verifying") as progress:
-        report: VerifyReport = repository.verify(data=data, progress=progress)
+        report: VerifyReport = repository.verify(
+            data=data, max_duration=max_duration, max_age=max_age, progress=progress
+        )
     if app.as_json:
         app.document(report.to_json())
     else:
@@ -52,15 +62,31 @@ def _draw_report(app: App, report: VerifyReport) -> None:
         app.line("damaged snapshots:")
         for snapshot_id, leaves in report.damaged_snapshots.items():
             app.line(f"  {snapshot_id[:ID_DIGITS]}  {_leaves_text(leaves)}")
+    if report.lost_snapshots:
+        app.line("known to be lost, as repairs have found:")
+        for snapshot_id, leaves in report.lost_snapshots.items():
+            app.line(f"  {snapshot_id[:ID_DIGITS]}  {_leaves_text(leaves)}")
     for note in report.notes:
         app.line(f"note: {clean(note)}")
     if report.orphans:
         app.line(f"note: {plural(len(report.orphans), 'orphan')}; `castore log --orphans` lists them")
     checked = f"{size(report.checked_bytes)} read" if report.with_data else "structure only; --data reads every byte"
+    if report.scrub is not None:
+        app.line(_scrub_text(report.scrub))
+    if report.problems:
+        app.line("`castore repair` shows what can be mended")
     numbers = {"snapshot": report.snapshot_count, "pack": report.pack_count, "chunk": report.chunk_count}
     counts = ", ".join(plural(count, noun) for noun, count in numbers.items())
     verdict = app.style("ok", fg="green") if report.ok else app.style(plural(len(report.problems), "problem"), fg="red")
     app.line(f"{verdict}: {counts} ({checked})")
+
+
+def _scrub_text(scrub: ScrubCount) -> str:
+    waiting = f"{scrub.recent_count} read lately, {scrub.pending_count} to come"
+    text = f"scrub: {plural(scrub.read_count, 'pack')} read, {waiting}"
+    if scrub.oldest_ns is None:
+        return text
+    return f"{text}; all were read since {datetime.fromtimestamp(scrub.oldest_ns / 1e9, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _draw_problem(app: App, problem: Problem) -> None:

@@ -36,7 +36,7 @@ from typing import Any
 
 import msgpack
 
-from castore.errors import ChecksumError, FormatError, UnsupportedFormatError
+from castore.errors import ChecksumError, DamageError, FormatError, UnsupportedFormatError
 from castore.hashing import Hasher, hasher_numbered
 from castore.ids import Buffer, ChunkId, SnapshotId, StateId, is_hex
 from castore.options import SNAPSHOT_BYTES_MAX
@@ -154,6 +154,32 @@ def decode_snapshot(data: Buffer, *, where: str, expected_id: SnapshotId | None 
         return _record(_unpack_body(body, where), hasher, where)
     except RecursionError as error:
         raise FormatError(f"{where}: nested deeper than any snapshot that castore writes") from error
+
+
+def rebuild_snapshot(data: Buffer, hasher: Hasher, *, named: SnapshotId) -> tuple[SnapshotId, bytes] | None:
+    """The id and the bytes of the snapshot in a damaged file, when its body is whole: the rest is known then.
+
+    The body is proven by the name of the file (`named`), or by the digest behind it (a file under another's name).
+    """
+    view, n = memoryview(data), hasher.digest_bytes
+    if not _PREFIX.size < len(view) <= SNAPSHOT_BYTES_MAX:
+        return None
+    declared = _PREFIX.unpack_from(view)[-1]
+    for end in (_PREFIX.size + declared, len(view) - n, len(view)):
+        if not _PREFIX.size < end <= len(view):
+            continue
+        body = view[_PREFIX.size : end]
+        digest = hasher.tagged(_TAG, (body,))
+        if digest.hex() != named and digest != view[end : end + n]:
+            continue
+        snapshot_id = SnapshotId(digest.hex())
+        whole = _PREFIX.pack(SNAPSHOT_MAGIC, SNAPSHOT_VERSION, hasher.number, bytes(5), len(body)) + body + digest
+        try:
+            decode_snapshot(whole, where=named, expected_id=snapshot_id)
+        except DamageError:
+            continue
+        return snapshot_id, whole
+    return None
 
 
 def _unpack_body(body: memoryview, where: str) -> dict[str, Any]:

@@ -84,8 +84,8 @@ class TargetChunks:
             try:
                 self._target.store.check(location)
                 self._sound[location] = True
-            except CastoreError:
-                self._target.store.mark_bad(location.pack_id, location.row)
+            except CastoreError as error:
+                self._target.store.mark_bad(location.pack_id, location.row, why=str(error))
                 self._sound[location] = False
         return self._sound[location]
 

@@ -1,7 +1,7 @@
 """Mark: walk the manifests of live snapshots and note in the ledger which chunks they need.
 
 A part that snapshots share is read once, however many share it. What cannot be read ends the collection: what it needs
-is not known, so nothing may be freed.
+is not known, so nothing may be freed. The exception is what a repair has marked as lost of the snapshot (losses.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from castore.format.manifest import Entry, Kind, decode_part, part_references
 from castore.format.pack_columns import as_words
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import Buffer, ChunkId, SnapshotId
+from castore.losses import read_losses
 from castore.maintenance.chunks import ChunkReader
 from castore.maintenance.gc.ledger import Ledger
 from castore.manifests import split_ids
@@ -38,6 +39,11 @@ class Marker:
         """Part → its aliases and views, of parts that thinned snapshots share."""
         self._thinned: set[_ThinKey] = set()
         self._batch: list[bytes] = []
+        self._losses = read_losses(handle.backend)[0]
+        self._lost: frozenset[ChunkId] = frozenset()
+        """Of the snapshot that is being marked: parts and id lists that may be missing."""
+        self._given_up: set[ChunkId] = set()
+        """Those that were: no snapshot that a repair did not mark may share them."""
 
     def add(
         self,
@@ -66,6 +72,10 @@ class Marker:
     def _add(self, snapshot_id: SnapshotId, record: SnapshotRecord, thinning: Thinning | None) -> None:
         if any(len(part_id) != self._id_bytes for part_id in record.part_ids):
             raise FormatError(f"expected part ids of {self._id_bytes} bytes: a foreign snapshot")
+        loss = self._losses.get(snapshot_id)
+        self._lost = frozenset(loss.parts if loss is not None else ())
+        for part_id in self._given_up.intersection(record.part_ids) - self._lost:
+            self._chunks.get(part_id)
         owner = len(self.snapshots)
         self.snapshots.append(snapshot_id)
         if thinning is None:
@@ -87,10 +97,20 @@ class Marker:
         """Ids that a part names, those of its id lists and what these name included."""
         where = f"manifest part {part_id.hex()}"
         chunks, id_lists = part_references(raw, id_bytes=self._id_bytes, where=where)
-        lists = [bytes(self._chunks.get(list_id)) for list_id in split_ids(id_lists, self._id_bytes)]
+        lists = [bytes(self._get(list_id)) for list_id in split_ids(id_lists, self._id_bytes)]
         if any(len(ids) % self._id_bytes for ids in lists):
             raise FormatError(f"{where}: expected id lists of whole ids")
         return [chunks, id_lists, *lists]
+
+    def _get(self, chunk_id: ChunkId) -> bytes | bytearray:
+        """The bytes of a part or id list; none where it is known to be lost. Raises DamageError."""
+        try:
+            return self._chunks.get(chunk_id)
+        except DamageError:
+            if chunk_id not in self._lost:
+                raise
+            self._given_up.add(chunk_id)
+            return b""
 
     # ---- thinned snapshots ---------------------------------------------------------------------------------------
 
@@ -116,13 +136,12 @@ class Marker:
             self._note(entry.id_lists or b"")
             if (entry.chunks or entry.id_lists) and keeps_chunks(entry, thinning, needed):
                 self._note(entry.chunks or b"")
-                self._note(
-                    *(bytes(self._chunks.get(found)) for found in split_ids(entry.id_lists or b"", self._id_bytes))
-                )
+                self._note(*(bytes(self._get(found)) for found in split_ids(entry.id_lists or b"", self._id_bytes)))
 
     def _entries(self, part_id: ChunkId) -> list[Entry]:
         where = f"manifest part {part_id.hex()}"
-        return decode_part(self._chunks.get(part_id), id_bytes=self._id_bytes, where=where)
+        raw = self._get(part_id)
+        return decode_part(raw, id_bytes=self._id_bytes, where=where) if raw else []
 
     # ---- ids, many at a time -------------------------------------------------------------------------------------
 

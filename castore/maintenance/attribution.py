@@ -35,12 +35,13 @@ def report_losses(
             continue
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
-            findings.problem("record", fault.name, fault.message, affected)
+            findings.problem("record", fault.name, fault.message, affected, chunks=[chunk_id], offset=fault.row.offset)
         elif fault.base_ids:
             baseless += 1  # garbage: gc keeps the bases of what is needed, and of nothing else
         else:
             why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
-            findings.problem("record", fault.name, f"{fault.message}; nothing is lost: {why}")
+            message = f"{fault.message}; nothing is lost: {why}"
+            findings.problem("record", fault.name, message, chunks=[chunk_id], offset=fault.row.offset)
     if baseless:
         findings.note(
             f"{baseless} differences that no snapshot needs have lost their base; gc frees them with their packs"
@@ -52,7 +53,7 @@ def report_losses(
         if touched.goes_with_base(fault) and fault.row.chunk_id not in touched.named:
             affected = touched.by(fault.row.chunk_id)
             if affected:
-                findings.problem("record", fault.name, fault.message, affected)
+                findings.loss("record", fault.name, fault.message, affected, chunks=[fault.row.chunk_id])
 
 
 class _Touched:
@@ -112,11 +113,12 @@ def _report_absent(chunk_ids: Collection[ChunkId], touched: _Touched, findings: 
             leaves.setdefault(key, {}).setdefault(snapshot_id, set()).update(paths)
     for key, absent in groups.items():
         if key:
-            findings.problem(
+            findings.loss(
                 "chunk",
                 PACKS,
                 f"{len(absent)} chunks that {len(key)} snapshots need are in no pack (expected "
                 f"{some(chunk_id.hex() for chunk_id in absent)}): a pack was removed, cut short or damaged; restore it "
-                "from a copy and run `castore reindex`",
+                "from a copy and run `castore reindex`, or let `castore repair` look for their content elsewhere",
                 leaves[key],
+                chunks=absent,
             )
