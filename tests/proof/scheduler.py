@@ -1,0 +1,231 @@
+"""Actors in threads of their own, of which exactly one runs at a time: who goes on is chosen before each protocol step.
+
+    scheduler = Scheduler({"save": save, "gc": collect}, schedule)
+    scheduler.run()
+
+An actor announces each step with `scheduler.point(…)` and waits there until it is chosen. By default the actor that
+ran goes on until it ends, then the next in order begins; a schedule lists where that is departed from:
+
+    Turn(17, "gc")             at choice 17, gc goes on in place of whoever ran
+    Turn(30, "save", "kill")   at choice 30, save dies where it stands: nothing of its code runs any more
+
+Whoever is left standing is suspended for as long as the others take; a wait of an actor moves the one clock on, so that
+leases expire meanwhile. The same schedule gives the same run, so a failure is replayed from the schedule that it prints.
+
+`explore` runs every schedule of at most so many turns; `wander` runs random ones with a seed.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+class Killed(BaseException):
+    """The actor's process ends here. No Exception: nothing that handles errors survives its own death."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One departure from the default order."""
+
+    at: int
+    actor: str
+    action: Literal["run", "kill"] = "run"
+
+
+Schedule = tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One choice of a run: who could have gone on, who did, and what it was about to do."""
+
+    ready: tuple[str, ...]
+    chosen: str
+    label: str
+
+
+class Actor:
+    """One of the concurrent programs."""
+
+    def __init__(self, name: str, program: Callable[[], object]) -> None:
+        self.name = name
+        self.program = program
+        self.label = "begin"
+        self.killed = False
+        self.ended = False
+        self.error: BaseException | None = None
+        self.go = threading.Semaphore(0)
+
+
+class Clock:
+    """The one time of all actors. Only waiting moves it on."""
+
+    def __init__(self, now_ns: int = 10**18) -> None:
+        self.now_ns = now_ns
+
+    def time_ns(self) -> int:
+        self.now_ns += 1000  # no two looks are the same
+        return self.now_ns
+
+    def monotonic(self) -> float:
+        return self.now_ns / 1e9
+
+    def sleep(self, seconds: float) -> None:
+        self.now_ns += int(seconds * 1e9)
+
+
+class Scheduler:
+    """One run. `point` is called by the actors, everything else by the test."""
+
+    def __init__(
+        self,
+        programs: Mapping[str, Callable[[], object]],
+        choose: Callable[[int, str | None, Sequence[str]], tuple[str, str]],
+        *,
+        on_end: Callable[[str], None] = lambda name: None,
+        steps_max: int = 20_000,
+    ) -> None:
+        self.actors = {name: Actor(name, program) for name, program in programs.items()}
+        self.steps: list[Step] = []
+        self.turns: list[Turn] = []
+        self._choose = choose
+        self._on_end = on_end
+        self._steps_max = steps_max
+        self._back = threading.Semaphore(0)
+
+    def run(self) -> None:
+        """Until every actor has ended."""
+        threads = [
+            threading.Thread(target=self._live, args=(actor,), name=f"actor-{actor.name}")
+            for actor in self.actors.values()
+        ]
+        for thread in threads:
+            thread.start()
+        current: str | None = None
+        while ready := [name for name, actor in self.actors.items() if not actor.ended]:
+            assert len(self.steps) < self._steps_max, f"no end: the last steps are {self.steps[-12:]}"
+            default = current if current in ready else ready[0]
+            name, action = self._choose(len(self.steps), default, ready)
+            actor = self.actors[name]
+            if action == "kill" or name != default:
+                self.turns.append(Turn(len(self.steps), name, "kill" if action == "kill" else "run"))
+            actor.killed = actor.killed or action == "kill"
+            self.steps.append(Step(tuple(ready), name, actor.label))
+            actor.go.release()
+            self._back.acquire()
+            current = name
+            if actor.ended:
+                self._on_end(name)
+        for thread in threads:
+            thread.join()
+
+    def point(self, name: str, label: str) -> None:
+        """Called by the actor before each step: wait to be chosen."""
+        actor = self.actors[name]
+        if actor.killed:
+            raise Killed(f"{name} is dead already")
+        actor.label = label
+        self._back.release()
+        actor.go.acquire()
+        if actor.killed:
+            raise Killed(f"{name} dies before {label}")
+
+    def _live(self, actor: Actor) -> None:
+        actor.go.acquire()
+        try:
+            if not actor.killed:
+                actor.program()
+        except BaseException as error:  # noqa: BLE001  looked at by the test
+            actor.error = error
+        finally:
+            actor.ended = True
+            self._back.release()
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+Run = Callable[[Callable[[int, str | None, Sequence[str]], tuple[str, str]]], Scheduler]
+"""Carries out one run with that way to choose, checks it, and returns its scheduler."""
+
+
+def following(schedule: Schedule) -> Callable[[int, str | None, Sequence[str]], tuple[str, str]]:
+    """Choose as the schedule says, by default elsewhere."""
+    turns = {turn.at: turn for turn in schedule}
+
+    def choose(at: int, default: str | None, ready: Sequence[str]) -> tuple[str, str]:
+        turn = turns.get(at)
+        if turn is not None and turn.actor in ready:
+            return turn.actor, turn.action
+        assert default is not None
+        return default, "run"
+
+    return choose
+
+
+def wandering(seed: int, *, turn_chance: float, kill_chance: float = 0.0) -> Callable[..., tuple[str, str]]:
+    """Choose another actor now and then, and seldom let one die."""
+    rng = random.Random(seed)
+
+    def choose(at: int, default: str | None, ready: Sequence[str]) -> tuple[str, str]:
+        del at
+        assert default is not None
+        name = rng.choice(ready) if rng.random() < turn_chance else default
+        return name, "kill" if rng.random() < kill_chance else "run"
+
+    return choose
+
+
+def explore(run: Run, *, turns_max: int, kills_max: int = 0, runs_max: int | None = None, seed: int = 0) -> int:
+    """Carry out every schedule of at most `turns_max` turns, of which at most `kills_max` are deaths.
+
+    Each is a run that was seen, departed from at a later choice: so only choices that there are get tried, each once.
+    With `runs_max` a seeded sample of them. Returns the number of runs; the first that fails raises what its check
+    raised, with the schedule in a note.
+    """
+    rng = random.Random(seed)
+    pending: list[Schedule] = [()]
+    runs = 0
+    while pending and (runs_max is None or runs < runs_max):
+        schedule = pending.pop(rng.randrange(len(pending)) if runs_max is not None else -1)
+        scheduler = checked(run, schedule)
+        runs += 1
+        if len(schedule) < turns_max:
+            kills = sum(turn.action == "kill" for turn in schedule)
+            pending += list(_departures(schedule, scheduler.steps, may_kill=kills < kills_max))
+    return runs
+
+
+def checked(run: Run, schedule: Schedule) -> Scheduler:
+    """One run; what its check raises tells the schedule."""
+    try:
+        return run(following(schedule))
+    except AssertionError as error:
+        error.add_note(f"schedule: {schedule}")
+        raise
+
+
+def _departures(schedule: Schedule, steps: Sequence[Step], *, may_kill: bool) -> Iterator[Schedule]:
+    first = schedule[-1].at + 1 if schedule else 0
+    for at in range(first, len(steps)):
+        step = steps[at]
+        for name in step.ready:
+            if name != step.chosen:
+                yield (*schedule, Turn(at, name))
+        if may_kill and step.label != "begin":
+            yield (*schedule, Turn(at, step.chosen, "kill"))
+
+
+def wander(run: Run, *, seeds: Sequence[int], turn_chance: float, kill_chance: float = 0.0) -> int:
+    """Carry out a random run for each seed; a failure names its seed. Returns the number of runs."""
+    for seed in seeds:
+        try:
+            run(wandering(seed, turn_chance=turn_chance, kill_chance=kill_chance))
+        except AssertionError as error:
+            error.add_note(f"seed: {seed}, turn_chance={turn_chance}, kill_chance={kill_chance}")
+            raise
+    return len(seeds)
