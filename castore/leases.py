@@ -2,27 +2,31 @@
 
 Everything that adds a root (save, branch, tag) holds a writer lease from before its first look-up until it has
 reported. The lease is a claim of the backend: on one host the operating system holds it, so it ends with the process,
-however that ends, and never before. Condemned packs are never deduplicated into; condemnation is irrevocable.
+however that ends, and never before.
+
+Condemnation is irrevocable: nobody deduplicates into a condemned pack or takes differences from it, and nobody makes a
+condemned snapshot a root again. A condemned file goes when everything that it names has gone, but for the snapshots
+and packs that turned out to be needed.
 
 Lease file (textfile.py):       {"boot": str, "host": str, "pid": int, "purpose": str, "started_ns": int}
-Condemned file (textfile.py):   {"condemned_ns": int, "packs": [pack id, …]}
+Condemned file (textfile.py):   {"condemned_ns": int, "packs": [pack id, …], "snapshots": [snapshot id, …]}
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from castore.backend.base import Backend
-from castore.errors import CastoreError, DamageError, FormatError, NotFoundError
-from castore.format.layout import GC, LEASES, new_lease_name
+from castore.errors import CastoreError, DamageError, FormatError, NotFoundError, SnapshotGoneError
+from castore.format.layout import GC, LEASES, is_condemned_name, new_condemned_name, new_lease_name
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
-from castore.ids import PackId
+from castore.ids import PackId, RandomBytes, SnapshotId
 from castore.options import TEXT_FILE_BYTES_MAX
 
 
@@ -37,19 +41,31 @@ class LeaseInfo:
     host: str
     pid: int
     started_ns: int
+    boot: str = ""
+    """Of the holder: with our own, the operating system answers for `held`."""
+    data: bytes = b""
+    """The whole file: while it changes, a holder on another host is alive."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the holder runs, or ran, under this very kernel, so that `held` is the truth."""
+        return self.held or (self.boot == boot_id() and bool(self.boot))
+
+
+@dataclass(frozen=True, slots=True)
+class Condemned:
+    """One condemned file."""
+
+    name: str
+    packs: frozenset[PackId]
+    snapshots: frozenset[SnapshotId]
+    condemned_ns: int
 
 
 @contextmanager
 def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[None]:
     """Hold a writer lease for the block. Raises LeaseError or StorageError when it cannot be taken."""
-    fields = {
-        "purpose": purpose,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "started_ns": now_ns,
-    }
-    claim = backend.claim(new_lease_name(), encode_text_file(fields))
+    claim = backend.claim(new_lease_name(), claim_text(purpose, now_ns))
     try:
         yield
     finally:
@@ -59,43 +75,97 @@ def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[Non
             claim.release()
 
 
+def claim_text(purpose: str, now_ns: int) -> bytes:
+    """What a claim of this process says."""
+    return encode_text_file(
+        {
+            "purpose": purpose,
+            "host": socket.gethostname(),
+            "boot": boot_id(),
+            "pid": os.getpid(),
+            "started_ns": now_ns,
+        }
+    )
+
+
 def list_leases(backend: Backend) -> list[LeaseInfo]:
     """Every lease; one whose text is damaged is listed by what the operating system knows of it."""
+    return list_claims(backend, LEASES)
+
+
+def list_claims(backend: Backend, prefix: str) -> list[LeaseInfo]:
+    """The same for claims of any kind."""
     leases = []
-    for claim in backend.claims(LEASES):
+    for claim in backend.claims(prefix):
         try:
             fields = decode_text_file(claim.data, name=claim.name)
-            kinds = {"purpose": str, "host": str, "pid": int, "started_ns": int}
+            kinds = {"purpose": str, "host": str, "pid": int, "started_ns": int, "boot": str}
             values = [text_field(fields, key, kind, name=claim.name) for key, kind in kinds.items()]
-            info = LeaseInfo(claim.name, claim.held, *values)
+            info = LeaseInfo(claim.name, claim.held, *values, claim.data)
         except DamageError:
-            info = LeaseInfo(claim.name, claim.held, "unknown", "unknown", 0, 0)
+            info = LeaseInfo(claim.name, claim.held, "unknown", "unknown", 0, 0, "", claim.data)
         leases.append(info)
     return leases
 
 
-def condemned_packs(backend: Backend) -> frozenset[PackId]:
-    """Packs that a collector has condemned: nobody may deduplicate into them or rely on them.
+# ---- the condemned set ---------------------------------------------------------------------------------------------
 
-    Raises DamageError when a condemned file cannot be read: to guess would be to lose data.
+
+def condemn(
+    backend: Backend,
+    *,
+    packs: Collection[PackId],
+    snapshots: Collection[SnapshotId],
+    now_ns: int,
+    random_bytes: RandomBytes = os.urandom,
+) -> Condemned:
+    """Condemn packs and snapshots, durably and for good. Raises NoSpaceError or StorageError: nothing is condemned."""
+    name = new_condemned_name(random_bytes)
+    fields = {"condemned_ns": now_ns, "packs": sorted(packs), "snapshots": sorted(snapshots)}
+    if not backend.put_if_absent(name, encode_text_file(fields)):
+        raise FormatError(f"{name} is there already; its name repeats, so this machine's randomness is broken")
+    return Condemned(name, frozenset(packs), frozenset(snapshots), now_ns)
+
+
+def read_condemned(backend: Backend) -> list[Condemned]:
+    """Every condemned file. Raises DamageError when one cannot be read: to guess would be to lose data."""
+    found = (_read_condemned(backend, info.name) for info in backend.list(GC) if is_condemned_name(info.name))
+    return [condemned for condemned in found if condemned is not None]
+
+
+def condemned_packs(backend: Backend) -> frozenset[PackId]:
+    """Packs that a collector has condemned: nobody may deduplicate into them or rely on them. Raises DamageError."""
+    return frozenset[PackId]().union(*(condemned.packs for condemned in read_condemned(backend)))
+
+
+def check_not_condemned(backend: Backend, snapshot_id: SnapshotId) -> None:
+    """Raise SnapshotGoneError when a collector is about to remove the snapshot: it must not become a root again.
+
+    Whoever makes it one looks before, so that a crash leaves no ref to what is going, and again after, for a collector
+    that condemned it in between.
     """
-    packs: set[PackId] = set()
-    for info in backend.list(GC):
-        if not info.name.endswith(".condemned"):
-            continue
-        try:
-            fields = decode_text_file(backend.read(info.name, max_bytes=TEXT_FILE_BYTES_MAX), name=info.name)
-        except NotFoundError:
-            continue  # the collection ended meanwhile: its packs are gone, which the pack listing shows
-        names = text_field(fields, "packs", list, name=info.name)
-        if not all(isinstance(name, str) for name in names):
-            raise FormatError(f"{info.name}: expected pack ids, found {names!r:.80}")
-        packs.update(PackId(name) for name in names)
-    return frozenset(packs)
+    if any(snapshot_id in condemned.snapshots for condemned in read_condemned(backend)):
+        raise SnapshotGoneError(
+            f"snapshot {snapshot_id[:12]} is being collected: no branch or tag reached it, or it was forgotten; it "
+            "cannot be brought back any more"
+        )
+
+
+def _read_condemned(backend: Backend, name: str) -> Condemned | None:
+    try:
+        fields = decode_text_file(backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX), name=name)
+    except NotFoundError:
+        return None  # the collection ended meanwhile: its packs are gone, which the pack listing shows
+    packs = text_field(fields, "packs", list, name=name)
+    snapshots = text_field({"snapshots": [], **fields}, "snapshots", list, name=name)
+    if not all(isinstance(found, str) for found in (*packs, *snapshots)):
+        raise FormatError(f"{name}: expected pack and snapshot ids, found {packs!r:.80}, {snapshots!r:.80}")
+    condemned_ns = text_field(fields, "condemned_ns", int, name=name)
+    return Condemned(name, frozenset(map(PackId, packs)), frozenset(map(SnapshotId, snapshots)), condemned_ns)
 
 
 @cache
-def _boot_id() -> str:
+def boot_id() -> str:
     """Tells a process of before a restart from one of now; empty where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

@@ -20,6 +20,7 @@ from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, de
 from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snapshot
 from castore.hashing import Hasher
 from castore.ids import ChunkId, SnapshotId, StateId
+from castore.marks import forgotten_ids, read_forgotten
 from castore.options import PART_CHUNKS_MAX, SNAPSHOT_BYTES_MAX
 from castore.store import ChunkStore
 
@@ -132,8 +133,14 @@ def list_snapshot_ids(backend: Backend, *, prefix: str = "") -> Iterator[Snapsho
 
 
 def ancestry(backend: Backend, start: SnapshotId) -> Iterator[tuple[SnapshotId, SnapshotRecord]]:
-    """The snapshot and its first parents, newest first; ends at the first one or where a parent is gone."""
+    """The snapshot and its first parents, newest first; ends at the first one or where a parent is gone.
+
+    Forgotten snapshots are passed over, whether or not they have been collected, and history goes on behind them; only
+    `start` is taken as it is.
+    """
     current: SnapshotId | None = start
+    forgotten: frozenset[SnapshotId] | None = None
+    passed: set[SnapshotId] = set()
     while current is not None:
         try:
             record = read_record(backend, current)
@@ -143,6 +150,16 @@ def ancestry(backend: Backend, start: SnapshotId) -> Iterator[tuple[SnapshotId, 
             return
         yield current, record
         current = record.parents[0] if record.parents else None
+        while current is not None and current not in passed:
+            if forgotten is None:
+                forgotten = forgotten_ids(backend)
+            mark = read_forgotten(backend, current) if current in forgotten else None
+            if mark is None:
+                break
+            passed.add(current)  # a snapshot cannot name itself as an ancestor, a marker might
+            current = mark.parents[0] if mark.parents else None
+        else:
+            return
 
 
 class ManifestReader:

@@ -3,11 +3,17 @@
     config                          what the repository is
     packs/ab/<pack id>.pack         ab: the first two hex digits of the id
     snapshots/<snapshot id>
+    forgotten/<snapshot id>         marker: dropped by policy; stays as a tombstone while history reaches through it
     thin/<snapshot id>              overlay: leaves dropped from a kept snapshot
+    orphans/<snapshot id>           when a ref last left the snapshot: its grace period starts then
+    policy                          what to forget and to thin automatically
     refs/branches/<encoded name>
     refs/tags/<encoded name>
     leases/<random>.lease
-    gc/<random>.condemned
+    gc/<random>.condemned           packs and snapshots that a collector will remove
+    gc/<random>.drain               the leases that were older than that, which it waits for
+    gc/<random>.collector           the claim of a collector at work
+    gc/reserve                      space that a collector needs when the disk is full
     cache/                          the index; may be deleted at any time
     .lock                           empty; locked while a branch or tag moves (local file systems)
 
@@ -21,16 +27,20 @@ import os
 from urllib.parse import unquote_to_bytes
 
 from castore.errors import FormatError, InvalidNameError
-from castore.ids import PACK_ID_BYTES, PackId, RandomBytes, SnapshotId, is_hex
+from castore.ids import PACK_ID_BYTES, SNAPSHOT_ID_DIGITS, PackId, RandomBytes, SnapshotId, is_hex
 
 CONFIG = "config"
 PACKS = "packs/"
 SNAPSHOTS = "snapshots/"
+FORGOTTEN = "forgotten/"
 THIN = "thin/"
+ORPHANS = "orphans/"
+POLICY = "policy"
 BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
+RESERVE = "gc/reserve"
 CACHE = "cache/"
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -58,14 +68,68 @@ def snapshot_name(snapshot_id: SnapshotId) -> str:
 
 def parse_snapshot_name(name: str) -> SnapshotId | None:
     """The snapshot id, or None when the name is not a snapshot's."""
-    stem = name.removeprefix(SNAPSHOTS)
-    is_id = is_hex(stem) and len(stem) in (32, 64) and name == snapshot_name(SnapshotId(stem))
+    return _parse_id(name, SNAPSHOTS)
+
+
+def forgotten_name(snapshot_id: SnapshotId) -> str:
+    """`forgotten/<id>`."""
+    return f"{FORGOTTEN}{snapshot_id}"
+
+
+def parse_forgotten_name(name: str) -> SnapshotId | None:
+    """The id of the snapshot, or None when the name is not a marker's."""
+    return _parse_id(name, FORGOTTEN)
+
+
+def thin_name(snapshot_id: SnapshotId) -> str:
+    """`thin/<id>`."""
+    return f"{THIN}{snapshot_id}"
+
+
+def parse_thin_name(name: str) -> SnapshotId | None:
+    """The id of the snapshot, or None when the name is not an overlay's."""
+    return _parse_id(name, THIN)
+
+
+def orphan_name(snapshot_id: SnapshotId) -> str:
+    """`orphans/<id>`."""
+    return f"{ORPHANS}{snapshot_id}"
+
+
+def parse_orphan_name(name: str) -> SnapshotId | None:
+    """The id of the snapshot, or None when the name is not a note's."""
+    return _parse_id(name, ORPHANS)
+
+
+def _parse_id(name: str, prefix: str) -> SnapshotId | None:
+    stem = name.removeprefix(prefix)
+    is_id = is_hex(stem) and len(stem) in SNAPSHOT_ID_DIGITS and name == f"{prefix}{stem}"
     return SnapshotId(stem) if is_id else None
 
 
 def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `leases/<random>.lease`."""
     return f"{LEASES}{random_bytes(16).hex()}.lease"
+
+
+def new_condemned_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.condemned`."""
+    return f"{GC}{random_bytes(16).hex()}.condemned"
+
+
+def is_condemned_name(name: str) -> bool:
+    """Whether the file is a condemned set."""
+    return name.startswith(GC) and name.endswith(".condemned")
+
+
+def drain_name(condemned_name: str) -> str:
+    """`gc/<random>.drain`, beside the condemned file."""
+    return condemned_name.removesuffix(".condemned") + ".drain"
+
+
+def new_collector_name(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `gc/<random>.collector`."""
+    return f"{GC}{random_bytes(16).hex()}.collector"
 
 
 def branch_name(name: str) -> str:

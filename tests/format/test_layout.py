@@ -9,16 +9,23 @@ from hypothesis import strategies as st
 from castore.backend.base import is_name
 from castore.errors import FormatError, InvalidNameError
 from castore.format.layout import (
+    POLICY,
     branch_name,
     check_ref_name,
     decode_ref_name,
     encode_ref_name,
+    forgotten_name,
     new_lease_name,
+    orphan_name,
     pack_name,
+    parse_forgotten_name,
+    parse_orphan_name,
     parse_pack_name,
     parse_snapshot_name,
+    parse_thin_name,
     snapshot_name,
     tag_name,
+    thin_name,
 )
 from castore.ids import PackId, SnapshotId
 
@@ -29,6 +36,10 @@ def test_file_names_are_pinned() -> None:
     assert pack_name(PACK) == f"packs/3f/{PACK}.pack"
     assert snapshot_name(SnapshotId("ab" * 16)) == "snapshots/" + "ab" * 16
     assert branch_name("main") == "refs/branches/main"
+    assert forgotten_name(SnapshotId("ab" * 16)) == "forgotten/" + "ab" * 16
+    assert thin_name(SnapshotId("ab" * 16)) == "thin/" + "ab" * 16
+    assert orphan_name(SnapshotId("ab" * 16)) == "orphans/" + "ab" * 16
+    assert POLICY == "policy"
     assert tag_name("v1.0") == "refs/tags/v1%2E0"
     assert new_lease_name(lambda count: bytes(range(count))) == "leases/000102030405060708090a0b0c0d0e0f.lease"
 
@@ -53,18 +64,28 @@ def test_names_of_packs_are_parsed_and_strangers_are_none() -> None:
         assert parse_pack_name(name) is None, name
 
 
-def test_names_of_snapshots_are_parsed_and_strangers_are_none() -> None:
+@pytest.mark.parametrize(
+    ("directory", "parse"),
+    [
+        ("snapshots", parse_snapshot_name),
+        ("forgotten", parse_forgotten_name),
+        ("thin", parse_thin_name),
+        ("orphans", parse_orphan_name),
+    ],
+)
+def test_names_of_snapshots_and_their_marks_are_parsed_and_strangers_are_none(directory, parse) -> None:
     for digits in (32, 64):
-        assert parse_snapshot_name("snapshots/" + "a" * digits) == "a" * digits
+        assert parse(f"{directory}/" + "a" * digits) == "a" * digits
     for name in (
         "",
         "a" * 32,
-        "snapshots/",
-        "snapshots/" + "a" * 33,
-        "snapshots/x/" + "a" * 32,
-        "snapshots/" + "A" * 32,
+        f"{directory}/",
+        f"{directory}/" + "a" * 33,
+        f"{directory}/x/" + "a" * 32,
+        f"{directory}/" + "A" * 32,
+        "refs/" + "a" * 32,
     ):
-        assert parse_snapshot_name(name) is None, name
+        assert parse(name) is None, name
 
 
 @pytest.mark.parametrize(

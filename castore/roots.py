@@ -1,0 +1,160 @@
+"""What must be kept: the live snapshots of a repository, what keeps them alive, and what may go.
+
+    live   what a ref names · what is reached from there through parents, across tombstones, and is not forgotten ·
+           orphans within their grace period, and what is reached from them in the same way
+    dead   the other snapshot files that can be read: forgotten, or orphaned for too long
+
+A ref outweighs a marker: a snapshot that a branch or tag names is live even when it was forgotten. An orphan also stays
+as long as a save may be under way that made it: its commit is still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from castore.backend.base import Backend
+from castore.errors import DamageError, UnknownRefError
+from castore.format.layout import SNAPSHOTS, forgotten_name, orphan_name, parse_snapshot_name, thin_name
+from castore.format.snapshot import SnapshotRecord
+from castore.ids import SnapshotId
+from castore.leases import list_leases
+from castore.marks import Forgotten, Thinning, forgotten, orphan_notes, thinnings
+from castore.refs import list_branches, list_tags
+from castore.snapshots import read_record
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """The snapshots of a repository at one time, judged."""
+
+    live: Mapping[SnapshotId, SnapshotRecord]
+    """What must stay readable, whole but for what `thinnings` drops."""
+    thinnings: Mapping[SnapshotId, Thinning]
+    """Of live snapshots."""
+    orphans: Mapping[SnapshotId, int]
+    """Live ones that no ref reaches → when they may go, ns since 1970; those that only other orphans reach are not
+    listed."""
+    dead: Mapping[SnapshotId, str]
+    """Snapshot files that may go → why. Their markers stay."""
+    damaged: Mapping[SnapshotId, str]
+    """Snapshot files that cannot be read and are not forgotten → why. Nothing may be freed before they are: what they
+    and their ancestors need is not known."""
+    missing: Mapping[SnapshotId, str]
+    """Snapshots that a ref or a live snapshot names, and that are neither there nor forgotten → what names them. Their
+    ancestors are not known either."""
+    stale_marks: tuple[str, ...]
+    """Files that say nothing any more: tombstones that no history reaches through, overlays and notes of snapshots that
+    are gone."""
+
+
+def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
+    """Judge every snapshot. Reads every snapshot file and mark once; no manifest.
+
+    `grace_ns` is how long orphans are kept. Raises DamageError when a ref or a mark cannot be read: to guess would be
+    to lose data.
+    """
+    # Refs first: a snapshot committed after this look is an orphan within its grace, or made by a save under way.
+    heads = {ref.snapshot_id: f"branch {ref.name!r}" for ref in list_branches(backend)}
+    heads |= {ref.snapshot_id: f"tag {ref.name!r}" for ref in list_tags(backend)}
+    marks = forgotten(backend)
+    walk = _Walk(backend, heads, marks)
+    for head, what in heads.items():
+        walk.reach(head, what)
+    notes = orphan_notes(backend)
+    expired_before_ns = min([now_ns - grace_ns, *(lease.started_ns for lease in list_leases(backend) if lease.held)])
+    present = _present(backend)
+    orphaned = walk.read_all(present - walk.live.keys() - marks.keys())
+    orphans: dict[SnapshotId, int] = {}
+    for snapshot_id, record in sorted(orphaned.items(), key=lambda item: item[1].time_ns, reverse=True):
+        since_ns = max(record.time_ns, notes.get(snapshot_id, 0))
+        if since_ns >= expired_before_ns and snapshot_id not in walk.live:
+            orphans[snapshot_id] = since_ns + grace_ns
+            walk.reach(snapshot_id, "an orphan")
+    dead = dict.fromkeys(present - walk.live.keys() - walk.damaged.keys(), "no branch or tag reaches it")
+    dead |= {found: f"forgotten: {marks[found].reason}" for found in dead.keys() & marks.keys()}
+    overlays = thinnings(backend)
+    named = _named(marks, [record.parents for record in (*walk.live.values(), *orphaned.values())], present)
+    stale = [
+        *(forgotten_name(found) for found in marks.keys() - present - named),
+        *(thin_name(found) for found in overlays.keys() - present),
+        *(orphan_name(found) for found, ns in notes.items() if found not in present or ns < expired_before_ns),
+    ]
+    return Roots(
+        walk.live,
+        {found: overlay for found, overlay in overlays.items() if found in walk.live},
+        orphans,
+        dead,
+        walk.damaged,
+        walk.missing,
+        tuple(sorted(stale)),
+    )
+
+
+class _Walk:
+    """Follows parents, across forgotten snapshots."""
+
+    def __init__(self, backend: Backend, heads: Collection[SnapshotId], marks: Mapping[SnapshotId, Forgotten]) -> None:
+        self.live: dict[SnapshotId, SnapshotRecord] = {}
+        self.damaged: dict[SnapshotId, str] = {}
+        self.missing: dict[SnapshotId, str] = {}
+        self._backend = backend
+        self._heads = heads
+        self._marks = marks
+        self._seen: set[SnapshotId] = set()
+
+    def reach(self, start: SnapshotId, named_by: str) -> None:
+        """Everything that is reached from a root is live, but for what is forgotten."""
+        pending = [(start, named_by)]
+        while pending:
+            snapshot_id, what = pending.pop()
+            if snapshot_id in self._seen:
+                continue
+            self._seen.add(snapshot_id)
+            mark = self._marks.get(snapshot_id)
+            if mark is not None and snapshot_id not in self._heads:
+                pending.extend((parent, f"tombstone {snapshot_id[:12]}") for parent in mark.parents)
+                continue
+            record = self._read(snapshot_id)
+            if record is not None:
+                self.live[snapshot_id] = record
+                pending.extend((parent, f"snapshot {snapshot_id[:12]}") for parent in record.parents)
+            elif snapshot_id not in self.damaged:
+                self.missing[snapshot_id] = what
+
+    def read_all(self, snapshot_ids: Iterable[SnapshotId]) -> dict[SnapshotId, SnapshotRecord]:
+        """The records of those that can be read."""
+        found = ((snapshot_id, self._read(snapshot_id)) for snapshot_id in snapshot_ids)
+        return {snapshot_id: record for snapshot_id, record in found if record is not None}
+
+    def _read(self, snapshot_id: SnapshotId) -> SnapshotRecord | None:
+        """The record; None when it is gone, or damaged, which is noted."""
+        try:
+            return read_record(self._backend, snapshot_id)
+        except UnknownRefError:
+            return None
+        except DamageError as error:
+            self.damaged[snapshot_id] = str(error)
+            return None
+
+
+def _present(backend: Backend) -> set[SnapshotId]:
+    names = (parse_snapshot_name(info.name) for info in backend.list(SNAPSHOTS))
+    return {snapshot_id for snapshot_id in names if snapshot_id is not None}
+
+
+def _named(
+    marks: Mapping[SnapshotId, Forgotten], parents: Iterable[Iterable[SnapshotId]], present: Collection[SnapshotId]
+) -> set[SnapshotId]:
+    """Markers that the history of a present snapshot passes through, also of one that may go: undelete may bring it
+    back before it does.
+    """
+    named: set[SnapshotId] = set()
+    pending = [parent for group in parents for parent in group]
+    pending.extend(parent for found in present if found in marks for parent in marks[found].parents)
+    while pending:
+        snapshot_id = pending.pop()
+        if snapshot_id in marks and snapshot_id not in named:
+            named.add(snapshot_id)
+            pending.extend(marks[snapshot_id].parents)
+    return named
