@@ -22,7 +22,7 @@ from tests.proof.left_behind import LeftBackend, Tables, open_left
 STORE = "store"
 GRACE_S = 600.0
 LATER_NS = 10**9 * 3600
-"""How long after the crash somebody looks: orphans are past their grace by then, so nothing but refs protects anything."""
+"""How long after the crash somebody looks: orphans are past their grace by then, so only refs protect anything."""
 
 
 @dataclass(frozen=True)

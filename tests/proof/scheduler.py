@@ -9,8 +9,8 @@ ran goes on until it ends, then the next in order begins; a schedule lists where
     Turn(17, "gc")             at choice 17, gc goes on in place of whoever ran
     Turn(30, "save", "kill")   at choice 30, save dies where it stands: nothing of its code runs any more
 
-Whoever is left standing is suspended for as long as the others take; a wait of an actor moves the one clock on, so that
-leases expire meanwhile. The same schedule gives the same run, so a failure is replayed from the schedule that it prints.
+Whoever is left standing is suspended for as long as the others take; a wait moves the one clock on, so that leases
+expire meanwhile. The same schedule gives the same run, so a failure is replayed from the schedule that it prints.
 
 `explore` runs every schedule of at most so many turns; `wander` runs random ones with a seed.
 """
