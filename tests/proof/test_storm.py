@@ -1,4 +1,4 @@
-"""Real processes, SIGKILL and SIGSTOP at random: nothing that was reported is lost, and what is dead is freed (storm.py)."""
+"""Real processes, SIGKILL and SIGSTOP at random: nothing reported is lost, and what is dead is freed (see storm.py)."""
 
 from __future__ import annotations
 
