@@ -49,6 +49,10 @@ class Step:
     label: str
 
 
+Choose = Callable[[int, str, Sequence[str]], tuple[str, Literal["run", "kill"]]]
+"""Given the number of the choice, who goes on by default, and who is ready: who goes on, or dies."""
+
+
 class Actor:
     """One of the concurrent programs."""
 
@@ -85,7 +89,7 @@ class Scheduler:
     def __init__(
         self,
         programs: Mapping[str, Callable[[], object]],
-        choose: Callable[[int, str | None, Sequence[str]], tuple[str, str]],
+        choose: Choose,
         *,
         on_end: Callable[[str], None] = lambda name: None,
         steps_max: int = 20_000,
@@ -149,31 +153,27 @@ class Scheduler:
 
 # ---- search ----------------------------------------------------------------------------------------------------------
 
-Run = Callable[[Callable[[int, str | None, Sequence[str]], tuple[str, str]]], Scheduler]
+Run = Callable[[Choose], Scheduler]
 """Carries out one run with that way to choose, checks it, and returns its scheduler."""
 
 
-def following(schedule: Schedule) -> Callable[[int, str | None, Sequence[str]], tuple[str, str]]:
+def following(schedule: Schedule) -> Choose:
     """Choose as the schedule says, by default elsewhere."""
     turns = {turn.at: turn for turn in schedule}
 
-    def choose(at: int, default: str | None, ready: Sequence[str]) -> tuple[str, str]:
+    def choose(at: int, default: str, ready: Sequence[str]) -> tuple[str, Literal["run", "kill"]]:
         turn = turns.get(at)
-        if turn is not None and turn.actor in ready:
-            return turn.actor, turn.action
-        assert default is not None
-        return default, "run"
+        return (turn.actor, turn.action) if turn is not None and turn.actor in ready else (default, "run")
 
     return choose
 
 
-def wandering(seed: int, *, turn_chance: float, kill_chance: float = 0.0) -> Callable[..., tuple[str, str]]:
+def wandering(seed: int, *, turn_chance: float, kill_chance: float = 0.0) -> Choose:
     """Choose another actor now and then, and seldom let one die."""
     rng = random.Random(seed)
 
-    def choose(at: int, default: str | None, ready: Sequence[str]) -> tuple[str, str]:
+    def choose(at: int, default: str, ready: Sequence[str]) -> tuple[str, Literal["run", "kill"]]:
         del at
-        assert default is not None
         name = rng.choice(ready) if rng.random() < turn_chance else default
         return name, "kill" if rng.random() < kill_chance else "run"
 

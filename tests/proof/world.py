@@ -10,7 +10,7 @@ What is true of the world is asked of a fresh handle with an empty index, never 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +33,8 @@ from castore.store import ChunkStore
 from tests.checkpoint.crashes import refs_of
 from tests.checkpoint.repositories import create_on
 from tests.checkpoint.states import State, assert_same
-from tests.proof.scheduler import Clock, Killed, Scheduler
+from tests.proof.operations import collect
+from tests.proof.scheduler import Choose, Clock, Killed, Scheduler
 
 LEASE_S = 10.0
 GRACE_S = 1000.0
@@ -100,7 +101,8 @@ class History:
 class World:
     """One run's repository and what was reported in it."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, *, far: Collection[str] = ()) -> None:
+        """`far` actors are each on a host of their own."""
         self.clock = Clock(history.now_ns)
         self.backend = _copied(history.backend, self.clock)
         self.states = dict(history.states)
@@ -112,15 +114,16 @@ class World:
         self._indexes: dict[str, MemoryIndex] = {}
         self._owner: dict[str, str] = {}
         """Claim file → its actor."""
+        self._far = far
         self._hosts: dict[str, str] = {}
 
-    def open(self, actor: str, *, host: str = HOST, index: str | None = None) -> Repository:
-        """A handle of an actor. Actors of one host share an index, unless one is named."""
-        self._hosts[actor] = host
+    def open(self, actor: str) -> Repository:
+        """A handle of an actor. Actors of one host share an index."""
+        host = self._hosts[actor] = f"host of {actor}" if actor in self._far else HOST
         backend = ActorBackend(self, actor)
         config = decode_config(self.backend.read(CONFIG, max_bytes=1 << 20), where=CONFIG)
         handle = Handle(backend, config, clock=self.clock.time_ns)  # type: ignore[arg-type]
-        shared = self._indexes.setdefault(index or host, MemoryIndex())
+        shared = self._indexes.setdefault(host, MemoryIndex())
         handle._store = ChunkStore(backend, ActorIndex(self, actor, shared), hasher_for(config.options.hash))  # type: ignore[arg-type]
         return Repository(backend.location, handle)
 
@@ -147,10 +150,10 @@ class World:
         self.owed.add(snapshot.id)
         return snapshot.id
 
-    def check(self) -> None:
-        """Everything that was reported, and everything that a ref names, is whole."""
+    def check(self, *, refs: bool) -> None:
+        """Everything that was reported is whole; with `refs`, what refs name too: nobody may be about to check it."""
         repo = self._fresh()
-        targets = refs_of(self.backend)
+        targets = refs_of(self.backend) if refs else {}
         for snapshot_id in sorted(self.owed | set(targets.values())):
             names = [name for name, target in targets.items() if target == snapshot_id]
             known = self.states.get(snapshot_id)
@@ -160,6 +163,16 @@ class World:
             except CastoreError as error:
                 reported = "reported durable" if snapshot_id in self.owed else "committed"
                 raise AssertionError(f"LOST: snapshot {snapshot_id} ({reported}, {names}): {error}") from error
+
+    def check_collected(self) -> None:
+        """Whoever collects later harms nothing, and finds a repository that verifies."""
+        repo = self._fresh()
+        for _ in range(2):
+            self.clock.sleep(2 * GRACE_S)
+            collect(repo)
+            self.check(refs=True)
+        report = repo.verify(data=True)
+        assert report.ok, report.problems
 
     def _fresh(self) -> Repository:
         config = decode_config(self.backend.read(CONFIG, max_bytes=1 << 20), where=CONFIG)
@@ -271,7 +284,7 @@ def quiet_world(history: History) -> Iterator[tuple[World, Repository]]:
     world = World(history)
     world.backend = history.backend
     with installed(world):
-        yield world, world.open("before", index="before")
+        yield world, world.open("before")
     history.states, history.owed = world.states, world.owed
     history.now_ns = world.clock.now_ns
 
@@ -288,10 +301,10 @@ def installed(world: World) -> Iterator[None]:
         yield
 
 
-def run_in(world: World, programs: Mapping[str, Callable[[], object]], choose: Any) -> Scheduler:
+def run_in(world: World, programs: Mapping[str, Callable[[], object]], choose: Choose) -> Scheduler:
     """Run the actors to their end; the world is checked whenever one ends. Foreign errors are raised."""
     with installed(world):
-        scheduler = Scheduler(programs, choose, on_end=lambda _: world.check())
+        scheduler = Scheduler(programs, choose, on_end=lambda _: world.check(refs=False))
         world.scheduler = scheduler
         try:
             scheduler.run()

@@ -1,0 +1,208 @@
+"""Who meets whom in the interleavings: each scenario is a past, and programs that run at once over it.
+
+The past of all of them: main holds three saves, the first of them forgotten, so that its pack is partly dead and
+partly base of the others; `lost` is a snapshot that no ref reaches any more, beyond its grace: it may go at any time.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from castore.api import Repository
+from castore.errors import LeaseError, RefError, SnapshotGoneError, UnknownRefError
+from tests.checkpoint.states import assert_same
+from tests.proof.operations import collect, forget
+from tests.proof.scheduler import Choose, Killed, Scheduler
+from tests.proof.world import GRACE_S, History, World, new_history, quiet_world, run_in
+
+LOST_STEP = 50
+FORGOTTEN_STEP = 1
+_ANSWERS = (type(None), Killed, SnapshotGoneError, UnknownRefError, LeaseError)
+"""What an operation may come to: done, dead, told that its snapshot is gone, told that another collector is at work."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """Where every run begins."""
+
+    history: History
+    lost: str
+    """The orphan."""
+    forgotten: str
+    main: tuple[str, ...]
+    """Snapshots of main, oldest first, without the forgotten one."""
+
+
+@cache
+def past() -> Past:
+    """Made once: every run gets a copy."""
+    history = new_history()
+    with quiet_world(history) as (world, repo):
+        first = world.save(repo, FORGOTTEN_STEP)
+        second = world.save(repo, 2)
+        third = world.save(repo, 3)
+        lost = world.save(repo, LOST_STEP, branch="lost", parent="main")
+        repo.delete_branch("lost")
+        world.owed -= {lost, first}
+        forget(repo, [first])
+        world.clock.sleep(2 * GRACE_S)
+    return Past(history, lost, first, (second, third))
+
+
+Program = Callable[[], object]
+Programs = Callable[[World, Past], Mapping[str, Program]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Programs that run at once."""
+
+    name: str
+    programs: Programs
+    far: frozenset[str] = frozenset()
+    """Actors on another host: the others see no lock of theirs, so they count as dead after a lease length."""
+
+    def run(self, choose: Choose) -> Scheduler:
+        """One run, and what must hold after it."""
+        found = past()
+        world = World(found.history, far=self.far)
+        scheduler = run_in(world, self.programs(world, found), choose)
+        self._check_end(world, scheduler)
+        return scheduler
+
+    def _check_end(self, world: World, scheduler: Scheduler) -> None:
+        for name, actor in scheduler.actors.items():
+            assert isinstance(actor.error, _ANSWERS), f"{name} failed: {type(actor.error).__name__}: {actor.error}"
+        killed = {name for name, actor in scheduler.actors.items() if isinstance(actor.error, Killed)}
+        # Who was taken for dead, and then died in the moment between its ref and its check, has reported nothing.
+        excused = bool(killed & self.far)
+        world.check(refs=not excused)
+        if not excused:
+            world.check_collected()
+
+
+def saver(world: World, name: str, step: int, *, like: int | None = None, **options: object) -> Program:
+    """Save as a process of its own."""
+    repo = world.open(name)
+    return lambda: world.save(repo, step, like=like, **options)
+
+
+def collector(world: World, name: str) -> Program:
+    """Collect once, then once more, as a job that runs every night does."""
+    repo = world.open(name)
+
+    def program() -> None:
+        collect(repo)
+        collect(repo)
+
+    return program
+
+
+def reader(world: World, name: str, refs: tuple[str, ...]) -> Program:
+    """Load: what is owed comes back right, what is not may be gone."""
+    repo = world.open(name)
+
+    def program() -> None:
+        for ref in refs:
+            load(world, repo, ref)
+
+    return program
+
+
+def load(world: World, repo: Repository, ref: str) -> None:
+    """One load of a ref or id."""
+    try:
+        snapshot = repo.snapshot(ref)
+        state = repo.load(ref)
+    except (SnapshotGoneError, RefError) as error:
+        assert ref not in world.owed, f"a reader is told that {ref} is gone: {error}"
+        assert ref != "main", f"a reader is told that main is gone: {error}"
+        return
+    if snapshot.id in world.states:
+        assert_same(state, world.states[snapshot.id])
+
+
+# ---- programs --------------------------------------------------------------------------------------------------------
+
+
+def _save_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    """The content of what is going: every chunk of it is there when the saver looks."""
+    return {"saver": saver(world, "saver", 60, like=LOST_STEP, branch="again"), "gc": collector(world, "gc")}
+
+
+def _save_on_the_lost(world: World, found: Past) -> Mapping[str, Program]:
+    """Differences from chunks that are going."""
+    return {"saver": saver(world, "saver", 61, branch="on", parent=found.lost), "gc": collector(world, "gc")}
+
+
+def _save_the_forgotten_again(world: World, found: Past) -> Mapping[str, Program]:
+    return {"saver": saver(world, "saver", 62, like=FORGOTTEN_STEP), "gc": collector(world, "gc")}
+
+
+def _branch_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    repo = world.open("brancher")
+
+    def program() -> None:
+        repo.branch("kept", at=found.lost)
+        world.owed.add(found.lost)
+
+    return {"brancher": program, "gc": collector(world, "gc")}
+
+
+def _tag_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    repo = world.open("tagger")
+
+    def program() -> None:
+        repo.tag("kept", at=found.lost)
+        world.owed.add(found.lost)
+
+    return {"tagger": program, "gc": collector(world, "gc")}
+
+
+def _two_collectors(world: World, found: Past) -> Mapping[str, Program]:
+    return {
+        "gc": collector(world, "gc"),
+        "saver": saver(world, "saver", 63, like=LOST_STEP, branch="again"),
+        "other gc": collector(world, "other gc"),
+    }
+
+
+def _forget_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    repo = world.open("forgetter")
+
+    def program() -> None:
+        world.owed.discard(found.main[0])
+        forget(repo, [found.main[0]])
+
+    return {
+        "forgetter": program,
+        "gc": collector(world, "gc"),
+        "saver": saver(world, "saver", 64, like=2, branch="again"),
+    }
+
+
+def _read_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    return {
+        "reader": reader(world, "reader", ("main", found.main[0], found.lost)),
+        "gc": collector(world, "gc"),
+    }
+
+
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("save of what is going", _save_beside_gc),
+        Scenario("differences from what is going", _save_on_the_lost),
+        Scenario("save of what was forgotten", _save_the_forgotten_again),
+        Scenario("branch at what is going", _branch_beside_gc),
+        Scenario("tag at what is going", _tag_beside_gc),
+        Scenario("two collectors", _two_collectors),
+        Scenario("forget", _forget_beside_gc),
+        Scenario("readers", _read_beside_gc),
+        Scenario("far: save of what is going", _save_beside_gc, frozenset({"saver"})),
+        Scenario("far: differences from what is going", _save_on_the_lost, frozenset({"saver"})),
+        Scenario("far: branch at what is going", _branch_beside_gc, frozenset({"brancher"})),
+        Scenario("far: two collectors", _two_collectors, frozenset({"saver", "gc"})),
+    )
+}
