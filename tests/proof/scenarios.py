@@ -2,12 +2,14 @@
 
 The past of all of them: main holds three saves, the first of them forgotten, so that its pack is partly dead and
 partly base of the others; `lost` is a snapshot that no ref reaches any more, beyond its grace: it may go at any time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from castore.api import Repository
 from castore.errors import LeaseError, RefError, SnapshotGoneError, UnknownRefError
@@ -82,10 +84,10 @@ class Scenario:
             world.check_collected()
 
 
-def saver(world: World, name: str, step: int, *, like: int | None = None, **options: object) -> Program:
+def saver(world: World, name: str, step: int, **options: Any) -> Program:
     """Save as a process of its own."""
     repo = world.open(name)
-    return lambda: world.save(repo, step, like=like, **options)
+    return lambda: world.save(repo, step, **options)
 
 
 def collector(world: World, name: str) -> Program:
@@ -129,6 +131,11 @@ def load(world: World, repo: Repository, ref: str) -> None:
 def _save_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
     """The content of what is going: every chunk of it is there when the saver looks."""
     return {"saver": saver(world, "saver", 60, like=LOST_STEP, branch="again"), "gc": collector(world, "gc")}
+
+
+def _save_in_the_background(world: World, found: Past) -> Mapping[str, Program]:
+    program = saver(world, "saver", 65, like=LOST_STEP, branch="again", in_background=True)
+    return {"saver": program, "gc": collector(world, "gc")}
 
 
 def _save_on_the_lost(world: World, found: Past) -> Mapping[str, Program]:
@@ -193,6 +200,7 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("save of what is going", _save_beside_gc),
+        Scenario("background save of what is going", _save_in_the_background),
         Scenario("differences from what is going", _save_on_the_lost),
         Scenario("save of what was forgotten", _save_the_forgotten_again),
         Scenario("branch at what is going", _branch_beside_gc),

@@ -18,6 +18,7 @@ from typing import Any, Self
 from unittest import mock
 
 import numpy as np
+from castore.maintenance.gc.writers import Watch
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
@@ -131,6 +132,13 @@ class World:
         """The host that the running actor is on."""
         return self._hosts.get(threading.current_thread().name.removeprefix("actor-"), HOST)
 
+    def sleep(self, seconds: float) -> None:
+        """The running actor waits: others may go on first, and time has gone on in any case."""
+        name = threading.current_thread().name
+        if name.startswith("actor-"):
+            self.point(name.removeprefix("actor-"), f"sleep {seconds:.3g} s")
+        self.clock.sleep(seconds)
+
     def point(self, actor: str, label: str) -> None:
         """A protocol step of an actor."""
         if self.scheduler is not None:
@@ -141,11 +149,16 @@ class World:
 
     # ---- what was reported ---------------------------------------------------------------------------------
 
-    def save(self, repo: Repository, step: int, *, like: int | None = None, **options: Any) -> str:
+    def save(
+        self, repo: Repository, step: int, *, like: int | None = None, in_background: bool = False, **options: Any
+    ) -> str:
         """Save, and owe it from the moment it is reported."""
         state = small_state(step, like=like)
         self.by_step[step] = state
-        snapshot = repo.save(state, step=step, **options)
+        if in_background:
+            snapshot = repo.save_async(state, step=step, **options).result()
+        else:
+            snapshot = repo.save(state, step=step, **options)
         self.states[snapshot.id] = state
         self.owed.add(snapshot.id)
         return snapshot.id
@@ -297,6 +310,8 @@ def installed(world: World) -> Iterator[None]:
         mock.patch("castore.maintenance.record_check.ThreadPoolExecutor", InlineExecutor),
         mock.patch("castore.checkpoint.fetch.worker_count", return_value=1),
         mock.patch("castore.leases.socket.gethostname", world.host_of_this_thread),
+        mock.patch("castore.leases.boot_id", world.host_of_this_thread),
+        mock.patch.dict(_defaults(Watch), {"monotonic_s": world.clock.monotonic, "sleep": world.sleep}),
     ):
         yield
 
@@ -314,6 +329,12 @@ def run_in(world: World, programs: Mapping[str, Callable[[], object]], choose: C
             if actor.error is not None and not isinstance(actor.error, Killed | CastoreError):
                 raise actor.error
     return scheduler
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    """The keyword defaults of a constructor, where time comes in."""
+    found: dict[str, Any] = cls.__init__.__kwdefaults__  # type: ignore[misc]
+    return found
 
 
 def _copied(backend: MemoryBackend, clock: Clock) -> MemoryBackend:
