@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         PartialLoadError,
         PathNotFoundError,
         PickleRefusedError,
+        PolicyWarning,
         RefError,
         RefExistsError,
         RepositoryAccessError,
@@ -42,18 +43,21 @@ if TYPE_CHECKING:
         StaleSaveWarning,
         StateMismatchError,
         StorageError,
+        ThinnedError,
         UnknownClassError,
         UnknownRefError,
         UnsupportedFormatError,
         UnsupportedLeafError,
         UsageError,
     )
+    from castore.maintenance.retention import Keep
     from castore.refs import Ref
     from castore.snapshots import Leaf, Snapshot
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Keep": "castore.maintenance.retention",
     "Leaf": "castore.snapshots",
     "Ref": "castore.refs",
     "PendingSave": "castore.checkpoint.background",
@@ -76,6 +80,7 @@ __all__ = [
     "DamageError",
     "FormatError",
     "InvalidNameError",
+    "Keep",
     "Leaf",
     "LeaseError",
     "MissingExtraError",
@@ -85,6 +90,7 @@ __all__ = [
     "PathNotFoundError",
     "PendingSave",
     "PickleRefusedError",
+    "PolicyWarning",
     "Ref",
     "RefError",
     "RefExistsError",
@@ -99,6 +105,7 @@ __all__ = [
     "StaleSaveWarning",
     "StateMismatchError",
     "StorageError",
+    "ThinnedError",
     "UnknownClassError",
     "UnknownRefError",
     "UnsupportedFormatError",

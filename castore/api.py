@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
+from castore.marks import forgotten_ids, read_thinning, thinned_ids
 from castore.options import Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
 from castore.repository import Handle, create, open_repository
@@ -242,14 +243,19 @@ class Repository:
         return self._snapshot(resolve(self._handle.backend, ref))
 
     def log(self, ref: str | Snapshot = "main") -> Iterator[Snapshot]:
-        """The snapshot and its first parents, newest first; ends where a parent is gone."""
-        for snapshot_id, record in ancestry(self._handle.backend, resolve(self._handle.backend, ref)):
-            yield make_snapshot(snapshot_id, record, self._read_leaves)
+        """The snapshot and its first parents, newest first, across forgotten ones; ends where a parent is gone."""
+        backend = self._handle.backend
+        thinned = thinned_ids(backend)
+        for snapshot_id, record in ancestry(backend, resolve(backend, ref)):
+            overlay = read_thinning(backend, snapshot_id) if snapshot_id in thinned else None
+            yield make_snapshot(snapshot_id, record, self._read_leaves, overlay)
 
     def snapshots(self) -> Iterator[Snapshot]:
-        """Every snapshot of the repository, orphans included, by id."""
+        """Every snapshot of the repository, by id: orphans are among them, forgotten ones are not."""
+        forgotten = forgotten_ids(self._handle.backend)
         for snapshot_id in list_snapshot_ids(self._handle.backend):
-            yield self._snapshot(snapshot_id)
+            if snapshot_id not in forgotten:
+                yield self._snapshot(snapshot_id)
 
     def orphans(self) -> list[Snapshot]:
         """Snapshots that no branch or tag reaches: losers of conflicts and saves that died before their commit."""
@@ -377,11 +383,14 @@ class Repository:
         return snapshot_id
 
     def _snapshot(self, snapshot_id: SnapshotId) -> Snapshot:
-        return make_snapshot(snapshot_id, read_record(self._handle.backend, snapshot_id), self._read_leaves)
+        backend = self._handle.backend
+        record = read_record(backend, snapshot_id)
+        return make_snapshot(snapshot_id, record, self._read_leaves, read_thinning(backend, snapshot_id))
 
     def _read_leaves(self, snapshot_id: SnapshotId) -> tuple[Leaf, ...]:
         handle = self._handle
-        return leaf_table(handle.manifests.entries(read_record(handle.backend, snapshot_id)), handle.hasher)
+        entries = handle.manifests.entries(read_record(handle.backend, snapshot_id))
+        return leaf_table(entries, handle.hasher, read_thinning(handle.backend, snapshot_id))
 
 
 def init(

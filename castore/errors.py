@@ -19,6 +19,7 @@ CastoreError
 ├── StateMismatchError             the live state and the snapshot do not fit together
 ├── UnknownClassError              a namedtuple or dataclass of the state is not importable here
 ├── PickleRefusedError             the leaf is a pickle and `allow_pickle=True` was not given
+├── ThinnedError                   the leaf was dropped from a kept snapshot: load what is left with paths=
 ├── DamageError                    stored bytes are not what they were
 │   ├── FormatError                a file or record cannot be parsed
 │   ├── ChecksumError              the bytes changed after they were written
@@ -33,6 +34,7 @@ CastoreError
 
 CastoreWarning                     (a UserWarning)
 ├── SlowSaveWarning                saves are asked for faster than they can be written
+├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
 └── StaleSaveWarning               the step moved, but no tensor changed
 
 A message says where, what was expected, what was found, and the next step. Errors pickle and carry their facts as
@@ -184,6 +186,17 @@ class PickleRefusedError(CastoreError):
     """The leaf is a pickle, which can run code, and `allow_pickle=True` was not given."""
 
 
+class ThinnedError(CastoreError):
+    """Leaves that were asked for have been dropped from the snapshot by thinning; the others can be loaded."""
+
+    def __init__(self, message: str, *, dropped: Sequence[str], left: Sequence[str]) -> None:
+        super().__init__(message)
+        self.dropped = tuple(dropped)
+        """Paths of the leaves that were asked for and are dropped."""
+        self.left = tuple(left)
+        """What is whole, as the shortest paths that say so: give them to `load(paths=…)`."""
+
+
 class DamageError(CastoreError):
     """Stored bytes are not what they were, or cannot be read as what they claim to be."""
 
@@ -245,3 +258,7 @@ class StaleSaveWarning(CastoreWarning):
 
 class SlowSaveWarning(CastoreWarning):
     """Saves are asked for faster than they can be written, so the training step waits."""
+
+
+class PolicyWarning(CastoreWarning):
+    """The stored policy could not be applied after a save; the save itself is durable."""

@@ -20,7 +20,7 @@ from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, de
 from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snapshot
 from castore.hashing import Hasher
 from castore.ids import ChunkId, SnapshotId, StateId
-from castore.marks import forgotten_ids, read_forgotten
+from castore.marks import Thinning, forgotten_ids, read_forgotten
 from castore.options import PART_CHUNKS_MAX, SNAPSHOT_BYTES_MAX
 from castore.store import ChunkStore
 
@@ -42,6 +42,8 @@ class Leaf:
     """0 for a leaf that lives in the manifest."""
     digest: str
     """Hex digest of the leaf's bytes: equal digests, equal bytes. Empty for an alias."""
+    dropped: bool = False
+    """Whether thinning took it from this snapshot; its digest stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class Snapshot:
     leaf_count: int
     software: str
     _read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]] = field(repr=False, compare=False)
+    dropped: tuple[str, ...] = field(default=(), compare=False)
+    """Globs of the leaves that thinning dropped, as of when this value was made; empty: the snapshot is whole."""
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -76,7 +80,10 @@ class Snapshot:
 
 
 def make_snapshot(
-    snapshot_id: SnapshotId, record: SnapshotRecord, read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]]
+    snapshot_id: SnapshotId,
+    record: SnapshotRecord,
+    read_leaves: Callable[[SnapshotId], tuple[Leaf, ...]],
+    thinning: Thinning | None = None,
 ) -> Snapshot:
     """The public value for a record."""
     return Snapshot(
@@ -95,6 +102,7 @@ def make_snapshot(
         record.leaf_count,
         record.software,
         read_leaves,
+        thinning.dropped if thinning is not None else (),
     )
 
 
@@ -211,15 +219,20 @@ def split_ids(packed: bytes, id_bytes: int) -> list[ChunkId]:
     return [ChunkId(packed[start : start + id_bytes]) for start in range(0, len(packed), id_bytes)]
 
 
-def leaf_table(entries: Sequence[Entry], hasher: Hasher) -> tuple[Leaf, ...]:
+def leaf_table(entries: Sequence[Entry], hasher: Hasher, thinning: Thinning | None = None) -> tuple[Leaf, ...]:
     """The leaves among the entries, hidden storages left out."""
-    return tuple(_leaf(entry, hasher) for entry in entries if not entry.is_container and entry.kind is not Kind.STORAGE)
+    return tuple(
+        _leaf(entry, hasher, dropped=thinning is not None and thinning.drops(entry.path))
+        for entry in entries
+        if not entry.is_container and entry.kind is not Kind.STORAGE
+    )
 
 
-def _leaf(entry: Entry, hasher: Hasher) -> Leaf:
+def _leaf(entry: Entry, hasher: Hasher, *, dropped: bool) -> Leaf:
     digest = "" if entry.kind is Kind.ALIAS else entry_digest(hasher, entry).hex()
     count = len(entry.chunks or b"") // hasher.digest_bytes
-    return Leaf(entry.path, entry.kind.name.lower(), entry.dtype, entry.shape, entry.raw_bytes, count, digest)
+    kind = entry.kind.name.lower()
+    return Leaf(entry.path, kind, entry.dtype, entry.shape, entry.raw_bytes, count, digest, dropped)
 
 
 def check_paths(entries: Sequence[Entry], *, where: str) -> None:

@@ -34,6 +34,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "UnknownRefError": {"message": "m", "near": ["main"]},
     "AmbiguousRefError": {"message": "m", "near": ["heads/x", "tags/x"]},
     "PathNotFoundError": {"message": "m", "near": ["model/w"]},
+    "ThinnedError": {"message": "m", "dropped": ["optimizer/m"], "left": ["model"]},
 }
 """Arguments of the errors that take more than a message; each becomes an attribute."""
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from castore.checkpoint.plan import chunk_lengths
@@ -23,6 +23,7 @@ from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.format.paths import compile_glob
 from castore.hashing import Hasher
 from castore.ids import ChunkId, SnapshotId
+from castore.marks import read_thinning
 from castore.repository import Handle
 from castore.snapshots import read_record
 from castore.store import Locations
@@ -53,6 +54,8 @@ class LeafDiff:
     """None when it was not computed; inf when a is all zero and b is not."""
     cosine: float | None = None
     nonfinite_count: int = 0
+    dropped: bool = False
+    """Whether thinning took the leaf from a side: then the digests are compared, which stay, and not the values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,11 @@ def diff(
     hasher = handle.hasher
     leaves = [
         _compare(path, side_a.get(path), side_b.get(path), hasher) for path in sorted(side_a.keys() | side_b.keys())
+    ]
+    overlays = read_thinning(handle.backend, a), read_thinning(handle.backend, b)
+    leaves = [
+        replace(leaf, dropped=any(overlay is not None and overlay.drops(leaf.path) for overlay in overlays))
+        for leaf in leaves
     ]
     if values:
         leaves = _with_values(handle, leaves, side_a, side_b, progress)
@@ -183,6 +191,7 @@ def _with_values(
         leaf
         for leaf in leaves
         if leaf.status == "changed"
+        and not leaf.dropped
         and leaf.shape_a == leaf.shape_b
         and Kind.VIEW not in (side_a[leaf.path].kind, side_b[leaf.path].kind)
     ]

@@ -6,6 +6,10 @@ collector has condemned is copied out of the condemned packs, verified on the wa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
+
+from castore.backend.base import Backend
 from castore.checkpoint.bases import closure
 from castore.checkpoint.plan import chunk_lengths
 from castore.chunk_writer import ChunkWriter
@@ -16,6 +20,15 @@ from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
+from castore.marks import (
+    Thinning,
+    forgotten,
+    forgotten_ids,
+    kept_entries,
+    note_orphan,
+    read_thinning,
+    unforget_snapshot,
+)
 from castore.refs import (
     Ref,
     check_free,
@@ -26,6 +39,7 @@ from castore.refs import (
     list_tags,
     move_branch,
     read_branch,
+    read_tag,
     resolve,
 )
 from castore.repository import Handle
@@ -55,10 +69,12 @@ def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) ->
         if found is None:
             check_free(backend, name, as_tag=False)
         read_record(backend, target)
+        if found is not None:
+            note_orphan(backend, found, now_ns=now_ns)
         if not move_branch(backend, name, expected_id=found, new_id=target, now_ns=now_ns):
             raise ConflictError(name, snapshot_id=target, expected_id=found, found_id=read_branch(backend, name))
         try:
-            rescue(handle, target, listed=listed, now_ns=now_ns)
+            _adopt(handle, target, listed=listed, now_ns=now_ns)
         except DamageError:
             move_branch(backend, name, expected_id=target, new_id=found, now_ns=now_ns)
             raise
@@ -77,7 +93,7 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
         read_record(backend, target)
         create_tag(backend, name, target, now_ns=now_ns)
         try:
-            rescue(handle, target, listed=listed, now_ns=now_ns)
+            _adopt(handle, target, listed=listed, now_ns=now_ns)
         except DamageError:
             delete_ref_file(backend, tag_name(name))
             raise
@@ -87,6 +103,7 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
 def remove_branch(handle: Handle, name: str) -> None:
     """Remove a branch. See `Repository.delete_branch`."""
     check_ref_name(name)
+    _note_end(handle, read_branch, name)
     if not delete_ref_file(handle.backend, branch_name(name)):
         known = [ref.name for ref in list_branches(handle.backend)]
         raise UnknownRefError(f"no branch is called {name!r}; there are: {', '.join(known) or 'none'}", known)
@@ -96,26 +113,42 @@ def remove_branch(handle: Handle, name: str) -> None:
 def remove_tag(handle: Handle, name: str) -> None:
     """Remove a tag. See `Repository.delete_tag`."""
     check_ref_name(name)
+    _note_end(handle, read_tag, name)
     if not delete_ref_file(handle.backend, tag_name(name)):
         known = [ref.name for ref in list_tags(handle.backend)]
         raise UnknownRefError(f"no tag is called {name!r}; there are: {', '.join(known) or 'none'}", known)
 
 
+def _note_end(handle: Handle, read: Callable[[Backend, str], SnapshotId | None], name: str) -> None:
+    """Before a ref goes: the grace period of what it names starts now, however old that is."""
+    with suppress(DamageError):
+        snapshot_id = read(handle.backend, name)
+        if snapshot_id is not None:
+            note_orphan(handle.backend, snapshot_id, now_ns=handle.clock())
+
+
 def orphan_ids(handle: Handle) -> list[SnapshotId]:
-    """Snapshots that no branch or tag reaches, newest first. Raises DamageError for a ref that cannot be read."""
+    """Snapshots that no branch or tag reaches and that were not forgotten, newest first.
+
+    Raises DamageError for a ref or marker that cannot be read.
+    """
     backend = handle.backend
     reached: set[SnapshotId] = set()
+    marks = forgotten(backend)
     pending = [ref.snapshot_id for ref in (*list_branches(backend), *list_tags(backend))]
     while pending:
         snapshot_id = pending.pop()
         if snapshot_id in reached:
             continue
         reached.add(snapshot_id)
+        if snapshot_id in marks:
+            pending.extend(marks[snapshot_id].parents)
+            continue
         try:
             pending.extend(read_record(backend, snapshot_id).parents)
         except (UnknownRefError, DamageError):
             continue  # a gap in history, or damage that verify names
-    found = [snapshot_id for snapshot_id in list_snapshot_ids(backend) if snapshot_id not in reached]
+    found = [snapshot_id for snapshot_id in list_snapshot_ids(backend) if snapshot_id not in reached | marks.keys()]
     return sorted(found, key=lambda snapshot_id: _time_ns(handle, snapshot_id), reverse=True)
 
 
@@ -126,11 +159,21 @@ def _time_ns(handle: Handle, snapshot_id: SnapshotId) -> int:
         return 0
 
 
-def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId], now_ns: int) -> None:
+def _adopt(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId], now_ns: int) -> None:
+    """Check what a new ref names; a forgotten snapshot is remembered again, for the ref outweighs its marker."""
+    is_marked = snapshot_id in forgotten_ids(handle.backend)
+    rescue(handle, snapshot_id, listed=None if is_marked else listed, now_ns=now_ns)
+    unforget_snapshot(handle.backend, snapshot_id)
+
+
+def rescue(
+    handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId] | None, now_ns: int, whole: bool = False
+) -> None:
     """Check, after the root is visible, that all of the snapshot is in packs that stay; copy out what is not.
 
-    `listed` are the packs that stood, under our lease, before the root was made. While none of them has gone and
-    nothing is condemned, this costs one listing. Raises SnapshotGoneError or another DamageError when something is gone
+    `listed` are the packs that stood, under our lease, before the root was made, when the snapshot was whole. While
+    none of them has gone and nothing is condemned, this costs one listing; None: look at every chunk. `whole` asks for
+    the leaves that thinning dropped, too. Raises SnapshotGoneError or another DamageError when something is gone
     for good: a collector that did not see the root has come to its end.
     """
     while True:
@@ -140,10 +183,11 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
             record = read_record(handle.backend, snapshot_id)
         except UnknownRefError as error:
             raise SnapshotGoneError(f"snapshot {snapshot_id[:12]} was collected just now") from error
-        if not condemned and listed <= list_packs(handle.backend):
+        if listed is not None and not condemned and listed <= list_packs(handle.backend):
             return
         handle.store.refresh()
-        needed = _needed_chunks(handle, record)
+        thinning = None if whole else read_thinning(handle.backend, snapshot_id)
+        needed = _needed_chunks(handle, record, thinning)
         lost = needed.keys() - closure(needed, handle.store, condemned).keys()
         if not lost:
             return
@@ -165,11 +209,11 @@ def rescue(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId]
         handle.store.add({pack.pack_id: pack.rows for pack in sealed})
 
 
-def _needed_chunks(handle: Handle, record: SnapshotRecord) -> dict[ChunkId, RecordKind]:
+def _needed_chunks(handle: Handle, record: SnapshotRecord, thinning: Thinning | None) -> dict[ChunkId, RecordKind]:
     """Every chunk that a snapshot needs, with what it holds."""
     entries = handle.manifests.entries(record)
     id_bytes = handle.hasher.digest_bytes
-    needed = dict.fromkeys(chunk_lengths(entries, id_bytes), RecordKind.LEAF)
+    needed = dict.fromkeys(chunk_lengths(kept_entries(entries, thinning), id_bytes), RecordKind.LEAF)
     for entry in entries:
         needed.update(dict.fromkeys(split_ids(entry.id_lists or b"", id_bytes), RecordKind.ID_LIST))
     needed.update(dict.fromkeys(record.part_ids, RecordKind.PART))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from castore.checkpoint.fetch import Destination, FetchJob, fetch_all
 from castore.checkpoint.select import any_of, no_such_path, select_entries
+from castore.checkpoint.thinned import leaf_paths, refuse_dropped
 from castore.errors import (
     CastoreError,
     ChunkMissingError,
@@ -67,6 +68,7 @@ def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into:
     where = f"snapshot {snapshot_id[:12]}"
     entries = read_entries(handle, snapshot_id)
     selected = select_entries(entries, request.paths, where=where)
+    refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
     fetch = _Fetch(handle, snapshot_id, request)
     if into is None:
         values = fetch.fresh(selected)
@@ -87,6 +89,7 @@ def read_leaf(
     where = f"snapshot {snapshot_id[:12]}"
     entries = read_entries(handle, snapshot_id)
     entry = _leaf_at(entries, path, where)
+    refuse_dropped(handle.backend, snapshot_id, entries, (path,))
     fetch = _Fetch(handle, snapshot_id, LoadRequest(verify=verify, allow_pickle=allow_pickle))
     if rows is not None and entry.kind in (Kind.TENSOR, Kind.NDARRAY):
         value = fetch.rows(entry, rows)
@@ -314,7 +317,11 @@ class _Fetch:
                 f"snapshot {self._snapshot_id[:12]}: {count} chunks are in no pack; leaves: {_shortened(missing)}; "
                 "run `castore verify`, or load the other leaves with paths="
             )
-            raise _gone_or(self._handle, self._snapshot_id, error)
+            error = _gone_or(self._handle, self._snapshot_id, error)
+            if not isinstance(error, SnapshotGoneError):  # thinned and collected since the look at the beginning?
+                entries = read_entries(self._handle, self._snapshot_id)
+                refuse_dropped(self._handle.backend, self._snapshot_id, entries, missing)
+            raise error
         return [wanted.job(key, locations[key]) for wanted, key in zip(self._wanted, ids, strict=True)]
 
     def _note_touched(self, path: str) -> None:

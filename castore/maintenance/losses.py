@@ -10,6 +10,7 @@ from castore.maintenance.pack_check import Needs, Survey
 from castore.maintenance.parts import PartReader, affected_leaves
 from castore.maintenance.record_check import Fault
 from castore.maintenance.report import Findings, some
+from castore.marks import Thinning
 
 
 def report_losses(
@@ -20,12 +21,13 @@ def report_losses(
     findings: Findings,
     *,
     explained: Collection[ChunkId],
+    thinnings: Mapping[SnapshotId, Thinning],
 ) -> None:
     """Name every faulty record and every absent chunk with all that need it, also through records that rest on it.
 
     Chunks in `explained` were named before. A record that lacks nothing but its base goes with the base.
     """
-    touched = _Touched(parts, snapshots, needs, survey)
+    touched = _Touched(parts, snapshots, needs, survey, thinnings)
     for fault in survey.faults:
         chunk_id = fault.row.chunk_id
         if touched.goes_with_base(fault):
@@ -55,6 +57,7 @@ class _Touched:
         snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
         needs: Needs,
         survey: Survey,
+        thinnings: Mapping[SnapshotId, Thinning],
     ) -> None:
         self.named: set[ChunkId] = set()
         """Lost chunks that `by` was asked for, or that rest on them."""
@@ -65,7 +68,7 @@ class _Touched:
             if fault.base_id is not None and self.goes_with_base(fault):
                 self._resting.setdefault(fault.base_id, set()).add(fault.row.chunk_id)
         needed = needs.keys() - survey.depths.keys()
-        self._affected = affected_leaves(parts, snapshots, needed)
+        self._affected = affected_leaves(parts, snapshots, needed, thinnings)
         self.lost = needed | self._resting.keys()
 
     def goes_with_base(self, fault: Fault) -> bool:

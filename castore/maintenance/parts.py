@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from castore.errors import CastoreError
 from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.chunks import ChunkReader
+from castore.marks import Thinning, keeps_chunks, needed_paths
 from castore.options import PART_CHUNKS_MAX
 from castore.repository import Handle
 from castore.snapshots import split_ids
@@ -48,6 +49,20 @@ class PartReader:
             self._cache.popitem(last=False)
         return part
 
+    def kept(self, part_ids: Sequence[ChunkId], thinning: Thinning | None) -> Iterator[tuple[Hashable, Part]]:
+        """The parts of one snapshot, without the chunks of leaves that it dropped; equal keys, equal parts."""
+        if thinning is None:
+            for part_id in part_ids:
+                yield part_id, self.read(part_id)
+            return
+        needed = needed_paths((entry for part_id in part_ids for entry in self.read(part_id).entries), thinning)
+        for part_id in part_ids:
+            part = self.read(part_id)
+            entries = tuple(
+                entry if keeps_chunks(entry, thinning, needed) else _without_chunks(entry) for entry in part.entries
+            )
+            yield (part_id, thinning.dropped, needed), replace(part, entries=entries)
+
     def _read(self, part_id: ChunkId) -> Part:
         where = f"manifest part {part_id.hex()}"
         try:
@@ -76,33 +91,41 @@ class PartReader:
         return replace(entry, chunks=b"".join(ids))
 
 
+def _without_chunks(entry: Entry) -> Entry:
+    """A dropped leaf: its id lists stay, so that its digest can be proven."""
+    return entry if entry.chunks is None else replace(entry, chunks=b"")
+
+
 def affected_leaves(
     parts: PartReader,
     snapshots: Mapping[SnapshotId, tuple[ChunkId, ...]],
     lost: Collection[ChunkId],
+    thinnings: Mapping[SnapshotId, Thinning],
 ) -> dict[ChunkId, dict[SnapshotId, tuple[str, ...]]]:
     """For each lost chunk the snapshots that need it, with the paths of the leaves that do.
 
-    `snapshots` gives the part ids of each. A lost part touches its snapshots with no paths: which leaves it
-    named cannot be told.
+    `snapshots` gives the part ids of each. Leaves that a snapshot dropped do not count. A lost part touches its
+    snapshots with no paths: which leaves it named cannot be told.
     """
     found: dict[ChunkId, dict[SnapshotId, tuple[str, ...]]] = {chunk_id: {} for chunk_id in lost}
     if not lost:
         return found
-    users: dict[ChunkId, dict[ChunkId, list[str]]] = {}
+    users: dict[Hashable, dict[ChunkId, list[str]]] = {}
     for snapshot_id, part_ids in snapshots.items():
+        thinning = thinnings.get(snapshot_id)
         paths: dict[ChunkId, list[str]] = {}
-        for part_id in part_ids:
-            if part_id not in users:
-                users[part_id] = _users(parts.read(part_id), found, len(part_id))
-            for chunk_id, leaves in users[part_id].items():
+        for (key, part), part_id in zip(parts.kept(part_ids, thinning), part_ids, strict=True):
+            if key not in users:
+                users[key] = _users(part, found, len(part_id))
+            for chunk_id, leaves in users[key].items():
                 paths.setdefault(chunk_id, []).extend(leaves)
             if part_id in found:
                 paths.setdefault(part_id, [])
         if paths:
             named = _with_references(parts, part_ids, paths)
             for chunk_id, leaves in named.items():
-                found[chunk_id][snapshot_id] = tuple(leaves)
+                left = leaves if thinning is None else [path for path in leaves if not thinning.drops(path)]
+                found[chunk_id][snapshot_id] = tuple(left)
     return found
 
 

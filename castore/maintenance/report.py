@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from castore.ids import SnapshotId
 
-ProblemKind = Literal["config", "ref", "snapshot", "part", "chunk", "pack", "record", "index", "gc"]
+ProblemKind = Literal["config", "ref", "snapshot", "part", "chunk", "pack", "record", "index", "gc", "mark"]
 
 Affected = Mapping[SnapshotId, Collection[str]]
 """Snapshots that some damage touches, each with the paths of its leaves that cannot be read.

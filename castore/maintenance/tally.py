@@ -6,13 +6,14 @@ none; what rests on a base needs the base too. One entry for each chunk is held 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from castore.codec.registry import chain_name
 from castore.format.pack import Row
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.parts import Part, PartReader
+from castore.marks import Thinning
 from castore.snapshots import split_ids
 
 MANIFEST = "~manifest"
@@ -65,7 +66,7 @@ class Tally:
         self._parts = parts
         self._id_bytes = id_bytes
         self._depth = depth
-        self._uses: dict[ChunkId, _PartUse] = {}
+        self._uses: dict[Hashable, _PartUse] = {}
         self._owners: dict[ChunkId, SnapshotId] = {}
         self._groups: dict[ChunkId, str] = {}
         self._raw: dict[str, int] = {}
@@ -74,15 +75,16 @@ class Tally:
         self._copies_bytes = 0
         """Stored bytes of second copies."""
 
-    def add_snapshot(self, snapshot_id: SnapshotId, part_ids: Iterable[ChunkId]) -> None:
+    def add_snapshot(
+        self, snapshot_id: SnapshotId, part_ids: Sequence[ChunkId], thinning: Thinning | None = None
+    ) -> None:
         """Note who needs which chunk."""
-        for part_id in part_ids:
-            if part_id not in self._uses:
-                part = self._parts.read(part_id)
+        for (key, part), part_id in zip(self._parts.kept(part_ids, thinning), part_ids, strict=True):
+            if key not in self._uses:
                 if part.error or part.unresolved:
                     self.unreadable.append(f"manifest part {part_id.hex()}: {part.error or 'an id list is lost'}")
-                self._uses[part_id] = self._use(part_id, part)
-            use = self._uses[part_id]
+                self._uses[key] = self._use(part_id, part)
+            use = self._uses[key]
             for group, raw_bytes in use.raw_bytes.items():
                 self._raw[group] = self._raw.get(group, 0) + raw_bytes
             for chunk_id, group in use.chunks.items():

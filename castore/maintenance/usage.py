@@ -23,6 +23,8 @@ from castore.ids import PackId, SnapshotId
 from castore.maintenance.parts import PartReader
 from castore.maintenance.tables import open_rows
 from castore.maintenance.tally import MANIFEST, Tally
+from castore.marks import Thinning, forgotten_ids, read_thinning, thinned_ids
+from castore.refs import list_branches, list_tags
 from castore.repository import Handle
 from castore.snapshots import read_record
 
@@ -91,9 +93,12 @@ class Usage:
     manifest_bytes: int
     """Stored payload of manifest parts and id lists."""
     unreferenced_bytes: int
-    """Stored payload that no snapshot needs: orphans of crashed saves, second copies. gc frees it."""
+    """Stored payload that no snapshot needs: what was forgotten or thinned, left by crashed saves, second copies. gc
+    frees it."""
     overhead_bytes: int
     """Headers, tables, trailers and padding of packs."""
+    forgotten_count: int
+    """Snapshots that wait for gc: what only they need is unreferenced."""
     snapshot_bytes: int
     """Of the snapshot files."""
     cache_bytes: int
@@ -118,13 +123,17 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
     """
     unreadable: list[str] = []
     records, snapshot_bytes = _read_records(handle, unreadable)
+    forgotten_count = len(records)
+    records = _without_forgotten(handle, records, unreadable)
+    forgotten_count -= len(records)
+    overlays = _overlays(handle, unreadable)
     pack_files = {
         pack_id: info.size_bytes for info in handle.backend.list(PACKS) if (pack_id := parse_pack_name(info.name))
     }
     meter = _Meter(progress, len(records) + len(pack_files))
     tally = Tally(PartReader(handle), id_bytes=handle.hasher.digest_bytes, depth=depth)
     for snapshot_id, record in records.items():
-        tally.add_snapshot(snapshot_id, record.part_ids)
+        tally.add_snapshot(snapshot_id, record.part_ids, overlays.get(snapshot_id))
         meter.step()
     for pack_id in sorted(pack_files):
         tally.add_rows(_read_rows(handle, pack_id, unreadable))
@@ -147,6 +156,7 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
         manifest_bytes=manifest_bytes,
         unreferenced_bytes=totals.unreferenced_bytes,
         overhead_bytes=pack_bytes - leaf_bytes - manifest_bytes - totals.unreferenced_bytes,
+        forgotten_count=forgotten_count,
         snapshot_bytes=snapshot_bytes,
         cache_bytes=sum(info.size_bytes for info in handle.backend.list(CACHE)),
         unreadable=(*unreadable, *tally.unreadable),
@@ -169,6 +179,32 @@ def _read_records(handle: Handle, unreadable: list[str]) -> tuple[dict[SnapshotI
             unreadable.append(f"{info.name}: {error}")
         total += info.size_bytes
     return dict(sorted(records.items(), key=lambda item: item[1].time_ns, reverse=True)), total
+
+
+def _without_forgotten(
+    handle: Handle, records: dict[SnapshotId, SnapshotRecord], unreadable: list[str]
+) -> dict[SnapshotId, SnapshotRecord]:
+    """What is forgotten and named by no ref is as good as gone."""
+    gone = set(forgotten_ids(handle.backend))
+    for list_refs in (list_branches, list_tags):
+        try:
+            gone -= {ref.snapshot_id for ref in list_refs(handle.backend)} if gone else set()
+        except CastoreError as error:
+            unreadable.append(str(error))
+    return {snapshot_id: record for snapshot_id, record in records.items() if snapshot_id not in gone}
+
+
+def _overlays(handle: Handle, unreadable: list[str]) -> Mapping[SnapshotId, Thinning]:
+    overlays: dict[SnapshotId, Thinning] = {}
+    for snapshot_id in thinned_ids(handle.backend):
+        try:
+            overlay = read_thinning(handle.backend, snapshot_id)
+        except CastoreError as error:
+            unreadable.append(str(error))
+            continue
+        if overlay is not None:
+            overlays[snapshot_id] = overlay
+    return overlays
 
 
 def _read_rows(handle: Handle, pack_id: PackId, unreadable: list[str]) -> list[Row]:

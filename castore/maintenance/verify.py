@@ -12,9 +12,12 @@ payloads a few MiB a thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 
-from castore.errors import CastoreError, UnknownRefError
+from castore.backend.base import Backend
+from castore.errors import CastoreError, DamageError, UnknownRefError
 from castore.format.config import decode_config
 from castore.format.layout import (
     BRANCHES,
@@ -38,6 +41,16 @@ from castore.maintenance.manifest_check import check_manifest
 from castore.maintenance.pack_check import check_packs
 from castore.maintenance.parts import PartReader
 from castore.maintenance.report import Findings, Problem, VerifyReport, some
+from castore.marks import (
+    Forgotten,
+    Mark,
+    Thinning,
+    damaged_marks,
+    forgotten_ids,
+    read_forgotten,
+    read_thinning,
+    thinned_ids,
+)
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, read_branch, read_tag
 from castore.repository import Handle
@@ -65,17 +78,20 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
     findings = Findings()
     _check_config(handle, findings)
     refs = _read_refs(handle, findings)
-    records, unreadable = _read_snapshots(handle, findings, refs)
+    marks = _read_marks(handle, findings)
+    records, unreadable = _read_snapshots(handle, findings, refs, marks)
     _check_heads(refs, records.keys() | unreadable, findings)
     parts = PartReader(handle)
-    needs = _Needs(handle, parts, findings)
+    needs = _Needs(handle, parts, findings, marks.thinnings)
     for snapshot_id, record in records.items():
         needs.add(snapshot_id, record)
     needs.report()
     pack_ids, total_bytes = _list_packs(handle, findings)
     survey = check_packs(handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes))
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
-    report_losses(parts, snapshots, needs.lengths, survey, findings, explained=needs.reported)
+    report_losses(
+        parts, snapshots, needs.lengths, survey, findings, explained=needs.reported, thinnings=marks.thinnings
+    )
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
     return VerifyReport(
@@ -85,7 +101,7 @@ def verify(handle: Handle, *, data: bool = False, progress: Progress | None = No
         len(needs.lengths),
         survey.checked_bytes,
         data,
-        _orphans(refs, records, findings),
+        _orphans(refs, records, marks, findings),
         tuple(findings.notes),
         findings.damaged,
     )
@@ -134,15 +150,23 @@ def _check_heads(refs: Mapping[str, Ref], there: Collection[SnapshotId], finding
 
 
 def _read_snapshots(
-    handle: Handle, findings: Findings, refs: Mapping[str, Ref]
+    handle: Handle, findings: Findings, refs: Mapping[str, Ref], marks: _Marks
 ) -> tuple[dict[SnapshotId, SnapshotRecord], set[SnapshotId]]:
-    """The records, newest first, and the ids of those that cannot be read."""
+    """The records, newest first, and the ids of those that cannot be read.
+
+    Forgotten snapshots that no ref names are passed over: gc may be half through with them.
+    """
+    waiting = marks.forgotten.keys() - {ref.snapshot_id for ref in refs.values()}
+    waiting_count = 0
     records: dict[SnapshotId, SnapshotRecord] = {}
     unreadable: set[SnapshotId] = set()
     for info in handle.backend.list(SNAPSHOTS):
         snapshot_id = parse_snapshot_name(info.name)
         if snapshot_id is None or len(snapshot_id) != 2 * handle.hasher.digest_bytes:
             findings.note(f"{info.name} is no snapshot of this repository; it is ignored")
+            continue
+        if snapshot_id in waiting:
+            waiting_count += 1
             continue
         try:
             records[snapshot_id] = read_record(handle.backend, snapshot_id)
@@ -155,20 +179,55 @@ def _read_snapshots(
             findings.problem("snapshot", info.name, f"{error}{named}", {snapshot_id: ()})
     for snapshot_id, record in records.items():
         for parent in record.parents:
-            if parent not in records and parent not in unreadable:
+            if parent not in records and parent not in unreadable and parent not in marks.forgotten:
                 findings.note(f"parent {parent} of snapshot {snapshot_id} is gone: its history ends there")
+    if waiting_count:
+        findings.note(
+            f"{waiting_count} forgotten snapshots wait for gc; `castore undelete` brings them back until then"
+        )
     newest_first = sorted(records.items(), key=lambda item: item[1].time_ns, reverse=True)
     return dict(newest_first), unreadable
 
 
-def _orphans(refs: Mapping[str, Ref], records: Records, findings: Findings) -> tuple[SnapshotId, ...]:
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """The marks that can be read."""
+
+    forgotten: Mapping[SnapshotId, Forgotten]
+    thinnings: Mapping[SnapshotId, Thinning]
+
+
+def _read_marks(handle: Handle, findings: Findings) -> _Marks:
+    for name, error in damaged_marks(handle.backend).items():
+        advice = "forget, thin or undelete the snapshot again to write it anew; gc refuses to run until then"
+        findings.problem("mark", name, f"{error}; {advice}")
+    return _Marks(
+        _readable(handle, forgotten_ids(handle.backend), read_forgotten),
+        _readable(handle, thinned_ids(handle.backend), read_thinning),
+    )
+
+
+def _readable(
+    handle: Handle, snapshot_ids: Collection[SnapshotId], read: Callable[[Backend, SnapshotId], Mark | None]
+) -> dict[SnapshotId, Mark]:
+    found: dict[SnapshotId, Mark] = {}
+    for snapshot_id in snapshot_ids:
+        with suppress(DamageError):  # named already
+            mark = read(handle.backend, snapshot_id)
+            if mark is not None:
+                found[snapshot_id] = mark
+    return found
+
+
+def _orphans(refs: Mapping[str, Ref], records: Records, marks: _Marks, findings: Findings) -> tuple[SnapshotId, ...]:
     reached: set[SnapshotId] = set()
     pending = [ref.snapshot_id for ref in refs.values()]
     while pending:
         snapshot_id = pending.pop()
-        if snapshot_id in records and snapshot_id not in reached:
+        found = records.get(snapshot_id) or marks.forgotten.get(snapshot_id)
+        if found is not None and snapshot_id not in reached:
             reached.add(snapshot_id)
-            pending.extend(records[snapshot_id].parents)
+            pending.extend(found.parents)
     orphans = tuple(snapshot_id for snapshot_id in records if snapshot_id not in reached)
     if orphans and any(problem.kind in ("ref", "snapshot") for problem in findings.problems):
         findings.note("some orphans may only be cut off by the damage to refs and snapshots named above")
@@ -203,7 +262,9 @@ def _note_leftovers(handle: Handle, findings: Findings) -> None:
 class _Needs:
     """Walks manifests, checks them, and collects every chunk that snapshots need."""
 
-    def __init__(self, handle: Handle, parts: PartReader, findings: Findings) -> None:
+    def __init__(
+        self, handle: Handle, parts: PartReader, findings: Findings, thinnings: Mapping[SnapshotId, Thinning]
+    ) -> None:
         self.lengths: dict[ChunkId, int | None] = {}
         """Chunk → raw length that the manifests expect; None for parts and id lists."""
         self.reported: set[ChunkId] = set()
@@ -211,7 +272,8 @@ class _Needs:
         self._hasher = handle.hasher
         self._parts = parts
         self._findings = findings
-        self._collected: set[ChunkId] = set()
+        self._thinnings = thinnings
+        self._collected: set[Hashable] = set()
         self._lost_parts: dict[ChunkId, tuple[str, list[SnapshotId]]] = {}
         self._lost_lists: dict[str, dict[SnapshotId, list[str]]] = {}
 
@@ -230,8 +292,10 @@ class _Needs:
                 self._lost_lists.setdefault(message, {}).setdefault(snapshot_id, []).append(path)
             whole = whole and not part.error and not part.unresolved
             entries.extend(part.entries)
-            if part_id not in self._collected:
-                self._collected.add(part_id)
+        kept = self._parts.kept(record.part_ids, self._thinnings.get(snapshot_id))
+        for (key, part), part_id in zip(kept, record.part_ids, strict=True):
+            if key not in self._collected:
+                self._collected.add(key)
                 self._collect(part.entries, part_id)
         if whole:
             complaints = check_manifest(entries, record, self._hasher)
