@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from castore.checkpoint.background import BackgroundSaver, PendingSave
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
+    from castore.transfer.execute import TransferReport
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -344,6 +346,70 @@ class Repository:
 
         return reindex(self._handle, progress=progress)
 
+    # ---- other repositories --------------------------------------------------------------------------------------
+
+    def push(
+        self,
+        other: Repository | PathLike,
+        refs: Sequence[str] | None = None,
+        *,
+        depth: int | None = None,
+        force: bool = False,
+        check: bool = False,
+        reencode: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> TransferReport:
+        """Copy snapshots with their history into another repository, sending only chunks that it lacks.
+
+        Args:
+            refs: branches and tags of this repository; None: all. `main:backup/main` gives another name there, and
+                names what has none here: `main@1200:best`, `3f2a81c0:tags/best`.
+            depth: at most so many snapshots of each ref, counted from its head; earlier parents are shown as gone.
+            force: move a branch that holds there what this repository lacks. Tags never move.
+            check: read what the other has already, and send again what is rotten there.
+            reencode: encode every chunk by the other's options instead of copying stored bytes and differences.
+
+        Every chunk is verified on the way. With one hash, snapshots keep their ids. With another hash, chunks and
+        snapshots get new ids, states the same meaning; a second push finds the same new ids again (`report.sent`).
+        Interrupted, it is simply run again: what arrived is not sent twice. Blocks until all of it is durable.
+
+        Raises DivergedError, RefExistsError (a tag that names something else), RefError, UsageError before anything is
+        sent; DamageError naming what is damaged here, NoSpaceError, StorageError, ConflictError (the branch moved
+        meanwhile; the snapshots are there).
+        """
+        from castore.transfer.execute import transfer
+        from castore.transfer.request import TransferRequest
+
+        self._settle()
+        request = TransferRequest(refs, depth, force, check, reencode)
+        with _as_repository(other) as target:
+            return transfer(self._handle, target.handle, request, purpose="push", dry_run=dry_run, progress=progress)
+
+    def pull(
+        self,
+        other: Repository | PathLike,
+        refs: Sequence[str] | None = None,
+        *,
+        depth: int | None = None,
+        force: bool = False,
+        check: bool = False,
+        reencode: bool = False,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> TransferReport:
+        """Copy snapshots from another repository into this one: `push`, the other way round.
+
+        Needs no right to write to the other. The branches that moved are from now on where this object has seen them.
+        """
+        from castore.transfer.execute import transfer
+        from castore.transfer.request import TransferRequest
+
+        self._settle()
+        request = TransferRequest(refs, depth, force, check, reencode)
+        with _as_repository(other) as source:
+            return transfer(source.handle, self._handle, request, purpose="pull", dry_run=dry_run, progress=progress)
+
     # ---- private -------------------------------------------------------------------------------------------------
 
     def _background(self) -> BackgroundSaver:
@@ -432,6 +498,17 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
             repository = Repository(path, open_repository(Path(path)))
     repository.handle.base_memory_bytes = base_memory_bytes
     return repository
+
+
+@contextmanager
+def _as_repository(other: Repository | PathLike) -> Iterator[Repository]:
+    """A repository as it is, or one opened for the block."""
+    if isinstance(other, Repository):
+        other._settle()
+        yield other
+        return
+    with open_(other) as opened:
+        yield opened
 
 
 def _reopen(path: str, base_memory_bytes: int | None) -> Repository:

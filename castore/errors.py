@@ -15,6 +15,7 @@ CastoreError
 │   ├── AmbiguousRefError          several snapshots match
 │   └── RefExistsError             the name is taken
 ├── ConflictError                  a branch was moved by somebody else: adopt or retry
+│   └── DivergedError              the other repository's branch holds what this one lacks: pull, rename or force
 ├── PathNotFoundError              no leaf has that path (also a KeyError)
 ├── StateMismatchError             the live state and the snapshot do not fit together
 ├── UnknownClassError              a namedtuple or dataclass of the state is not importable here
@@ -24,8 +25,9 @@ CastoreError
 │   ├── FormatError                a file or record cannot be parsed
 │   ├── ChecksumError              the bytes changed after they were written
 │   ├── CodecError                 an encoded payload does not decode
-│   └── ChunkMissingError          no pack holds the chunk
-│       └── SnapshotGoneError      the snapshot was collected while it was being read
+│   ├── ChunkMissingError          no pack holds the chunk
+│   │   └── SnapshotGoneError      the snapshot was collected while it was being read
+│   └── ParityExceededError        more of a pack is lost than its parity restores
 ├── PartialLoadError               a load failed midway: names the live leaves already overwritten
 ├── LeaseError                     a lease was lost or cannot be taken
 └── StorageError                   the file system refused (also an OSError)
@@ -152,6 +154,25 @@ class ConflictError(CastoreError):
         self.found_id = found_id
 
 
+class DivergedError(ConflictError):
+    """A branch cannot be moved forward by push or pull: its head is no ancestor of the snapshot sent.
+
+    `snapshot_id` is what was to be its head (of the source), `found_id` its head at the target. Nothing was sent.
+    """
+
+    def __init__(self, branch: str, *, snapshot_id: str, found_id: str, where: str) -> None:
+        CastoreError.__init__(
+            self,
+            f"branch {branch!r} of {where} is at {found_id[:12]}, which is no ancestor of {snapshot_id[:12]}: moving "
+            f"it would leave its snapshots without a name; send under another name ({branch}:OTHER), or force it "
+            "(`--force`, force=True)",
+        )
+        self.branch = branch
+        self.snapshot_id = snapshot_id
+        self.expected_id = None
+        self.found_id = found_id
+
+
 class PathNotFoundError(CastoreError, KeyError):
     """No leaf of the snapshot has that path, or no leaf matches the pattern."""
 
@@ -219,6 +240,10 @@ class ChunkMissingError(DamageError):
 
 class SnapshotGoneError(ChunkMissingError):
     """The snapshot was collected while it was being read."""
+
+
+class ParityExceededError(DamageError):
+    """More stretches of a pack and of its parity are lost than the parity restores."""
 
 
 class PartialLoadError(CastoreError):

@@ -31,6 +31,10 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "branch": ("history", "List, make, move or delete branches."),
         "tag": ("history", "List, make or delete tags."),
     },
+    "Other repositories": {
+        "push": ("transfer", "Send snapshots to another repository."),
+        "pull": ("transfer", "Fetch snapshots from another repository."),
+    },
     "Upkeep": {
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),
