@@ -7,9 +7,10 @@ owed if it was reported before and is not being forgotten.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import castore
 from castore.api import Repository
@@ -18,11 +19,25 @@ from tests.checkpoint.crashes import refs_of
 from tests.checkpoint.states import State, assert_same, training_state
 from tests.proof.journal import IndexCommit, Mark, Operation, Recorder
 from tests.proof.left_behind import LeftBackend, Tables, open_left
+from tests.proof.operations import collect, forget, thin, undelete
 
-STORE = "store"
+STORE, OTHER = "store", "other"
 GRACE_S = 600.0
 LATER_NS = 10**9 * 3600
 """How long after the crash somebody looks: orphans are past their grace by then, so only refs protect anything."""
+THINNED = "model/*"
+"""What thinning drops; the rest must stay."""
+
+
+@dataclass(frozen=True)
+class Owed:
+    """What one repository has reported."""
+
+    refs: Mapping[str, str] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    """Snapshots that were reported durable and not forgotten."""
+    thinned: frozenset[str] = frozenset()
+    """Those of which only the rest is owed."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +46,8 @@ class Promise:
 
     doing: str
     """The operation that came before."""
-    refs: Mapping[str, str] = field(default_factory=dict)
-    states: Mapping[str, State] = field(default_factory=dict)
-    """Every snapshot that was reported durable and is not forgotten."""
+    owed: Mapping[str, Owed] = field(default_factory=dict)
+    """By repository."""
     now_ns: int = 0
 
 
@@ -45,42 +59,69 @@ class Story:
         self.recorder = Recorder(base, keeps_caches=keeps_caches)
         self.states: dict[str, State] = {}
         """Every state that was ever saved, by its snapshot."""
-        self._owed: set[str] = set()
-        self._path = base / STORE
+        self.ids: dict[int, str] = {}
+        """Snapshots by their step."""
+        self.repos: dict[str, Repository] = {}
+        self._whole: dict[str, set[str]] = {}
+        self._thinned: dict[str, set[str]] = {}
 
     def clock(self) -> int:
         """A clock that nothing but the story moves on."""
         self.now_ns += 1000
         return self.now_ns
 
-    def tell(self, chapters: Mapping[str, Callable[[Story, Repository], object]]) -> None:
+    def tell(self, chapters: Mapping[str, Chapter]) -> None:
         """Create a repository and carry out every chapter."""
         with self.recorder.installed():
-            repo = castore.init(self._path, lease_s=1.0, orphan_grace_s=GRACE_S)
-            repo.handle.clock = self.clock
-            self._mark(repo, "init")
+            self.create(STORE)
+            self._mark("init")
             for name, chapter in chapters.items():
-                chapter(self, repo)
-                self._mark(repo, name)
-            repo.close()
+                chapter(self, self.repos[STORE])
+                self._mark(name)
+            for repo in self.repos.values():
+                repo.close()
+
+    def create(self, name: str) -> Repository:
+        """One more repository on the same disk."""
+        repo = self.repos[name] = castore.init(self.recorder.base / name, lease_s=1.0, orphan_grace_s=GRACE_S)
+        repo.handle.clock = self.clock
+        self._whole[name], self._thinned[name] = set(), set()
+        return repo
 
     def saved(self, snapshot: castore.Snapshot, state: State) -> None:
         """A save that returned."""
         self.states[snapshot.id] = state
-        self._owed.add(snapshot.id)
+        assert snapshot.step is not None
+        self.ids[snapshot.step] = snapshot.id
+        self.owes(snapshot.id)
+
+    def owes(self, *snapshot_ids: str, repository: str = STORE) -> None:
+        """These were reported."""
+        self._whole[repository] |= set(snapshot_ids)
 
     def forgotten(self, *snapshot_ids: str) -> None:
         """Nobody may rely on these any more."""
-        self._owed -= set(snapshot_ids)
+        self._whole[STORE] -= set(snapshot_ids)
+        self._thinned[STORE] -= set(snapshot_ids)
+
+    def thinned(self, *snapshot_ids: str) -> None:
+        """Of these only the rest."""
+        self.forgotten(*snapshot_ids)
+        self._thinned[STORE] |= set(snapshot_ids)
 
     def later(self, seconds: float) -> None:
         """Time goes by."""
         self.now_ns += int(seconds * 1e9)
 
-    def _mark(self, repo: Repository, doing: str) -> None:
-        owed = {snapshot_id: self.states[snapshot_id] for snapshot_id in sorted(self._owed)}
-        self.recorder.mark(Promise(doing, refs_of(repo.handle.backend), owed, self.now_ns))
+    def _mark(self, doing: str) -> None:
+        owed = {
+            name: Owed(refs_of(repo.handle.backend), frozenset(self._whole[name]), frozenset(self._thinned[name]))
+            for name, repo in self.repos.items()
+        }
+        self.recorder.mark(Promise(doing, owed, self.now_ns))
 
+
+Chapter = Callable[[Story, Repository], object]
 
 # ---- the chapters ----------------------------------------------------------------------------------------------------
 
@@ -89,9 +130,11 @@ def _small(seed: int) -> State:
     return training_state(seed, frozen_bytes=4000, moving_bytes=2000)
 
 
-def _save(seed: int, **options: object) -> Callable[[Story, Repository], None]:
+def _save(step: int, *, like: int | None = None, **options: Any) -> Chapter:
+    state = _small(step if like is None else like)
+
     def chapter(story: Story, repo: Repository) -> None:
-        story.saved(repo.save(_small(seed), step=seed, **options), _small(seed))  # type: ignore[arg-type]
+        story.saved(repo.save(state, step=step, **options), state)
 
     return chapter
 
@@ -102,27 +145,73 @@ def _save_async(story: Story, repo: Repository) -> None:
 
 
 def _drop_fork(story: Story, repo: Repository) -> None:
-    story.forgotten(repo.snapshot("fork").id)
+    story.forgotten(story.ids[4])
     repo.delete_branch("fork")
 
 
-CHAPTERS: Mapping[str, Callable[[Story, Repository], object]] = {
+def _forget(*steps: int) -> Chapter:
+    def chapter(story: Story, repo: Repository) -> None:
+        ids = [story.ids[step] for step in steps]
+        story.forgotten(*ids)
+        forget(repo, ids)
+
+    return chapter
+
+
+def _undelete(step: int) -> Chapter:
+    def chapter(story: Story, repo: Repository) -> None:
+        undelete(repo, [story.ids[step]])
+        story.owes(story.ids[step])
+
+    return chapter
+
+
+def _thin(step: int) -> Chapter:
+    def chapter(story: Story, repo: Repository) -> None:
+        story.thinned(story.ids[step])
+        thin(repo, [THINNED], [story.ids[step]])
+
+    return chapter
+
+
+def _collect(story: Story, repo: Repository) -> None:
+    story.later(2 * GRACE_S)
+    collect(repo)
+
+
+def _push(story: Story, repo: Repository) -> None:
+    repo.push(story.repos[OTHER], ["main", "kept"])
+    story.owes(*(found.id for found in story.repos[OTHER].log("main")), repository=OTHER)
+
+
+CHAPTERS: Mapping[str, Chapter] = {
     "save": _save(1),
     "save of differences": _save(2, tags=("early",)),
     "save_async": _save_async,
     "save to a fork": _save(4, branch="fork", parent="main~1"),
     "branch": lambda story, repo: repo.branch("other", at="main~1"),
     "tag": lambda story, repo: repo.tag("kept", at="main~2"),
-    "save of what is there": _save(2),
+    "save of what is there": _save(22, like=2),
     "delete a branch": _drop_fork,
-    "last save": _save(5),
+    "one more save": _save(5),
+    "second repository": lambda story, repo: story.create(OTHER),
+    "push": _push,
+    "forget": _forget(3, 22),
+    "undelete": _undelete(3),
+    "gc": _collect,
+    "save after gc": _save(6),
+    "thin": _thin(5),
+    "last save": _save(7),
+    "push of the rest": _push,
+    "gc that repacks": _collect,
+    "gc without work": _collect,
 }
 
 
 # ---- what may be asked -----------------------------------------------------------------------------------------------
 
 
-def moments(journal: list[Operation]) -> list[tuple[int, Promise, Promise]]:
+def moments(journal: Sequence[Operation]) -> list[tuple[int, Promise, Promise]]:
     """The length of each prefix that ends after `init`, with what was reported and what comes next."""
     marks = [(number, found.value) for number, found in enumerate(journal) if isinstance(found, Mark)]
     found = []
@@ -131,7 +220,7 @@ def moments(journal: list[Operation]) -> list[tuple[int, Promise, Promise]]:
     return found
 
 
-def store_files(files: Mapping[str, bytes], repository: str = STORE) -> dict[str, bytes]:
+def files_of_repository(files: Mapping[str, bytes], repository: str) -> dict[str, bytes]:
     """The files of one repository."""
     prefix = f"{repository}/"
     return {name.removeprefix(prefix): data for name, data in files.items() if name.startswith(prefix)}
@@ -145,30 +234,59 @@ class Examiner:
         self._tables = Tables()
 
     def examine(
-        self, files: Mapping[str, bytes], index: IndexCommit | None, before: Promise, after: Promise, *, saves: bool
+        self,
+        files: Mapping[str, bytes],
+        indexes: Mapping[str, IndexCommit | None],
+        before: Promise,
+        after: Promise,
+        *,
+        saves: bool,
     ) -> None:
-        """Opens without repair; what is owed loads; gc runs; verify is clean; what is owed still loads."""
-        now_ns = after.now_ns + LATER_NS
-        backend = LeftBackend(files, now_ns=lambda: after.now_ns)
-        left = open_left(backend, self._index(backend, index), clock=lambda: now_ns)
+        """Every repository opens without repair; what is owed loads; gc runs; verify is clean; what is owed loads."""
+        for name in before.owed:
+            self._examine(
+                files_of_repository(files, name),
+                indexes.get(name),
+                before.owed[name],
+                after.owed[name],
+                after.now_ns,
+                saves=saves,
+            )
+
+    def _examine(
+        self,
+        files: Mapping[str, bytes],
+        index: IndexCommit | None,
+        before: Owed,
+        after: Owed,
+        now_ns: int,
+        *,
+        saves: bool,
+    ) -> None:
+        backend = LeftBackend(files, now_ns=lambda: now_ns)
+        left = open_left(backend, self._index(backend, index), clock=lambda: now_ns + LATER_NS)
         refs = refs_of(backend)
         for name in refs.keys() | before.refs.keys():
             expected = (before.refs.get(name), after.refs.get(name))
             assert refs.get(name) in expected, f"{name} is at {refs.get(name)}, expected one of {expected}"
-        owed = (before.states.keys() & after.states.keys()) | set(refs.values())
-        self._load(left, owed)
+        thinned = (before.thinned | after.thinned) & (before.whole | before.thinned) & (after.whole | after.thinned)
+        whole = ((before.whole & after.whole) | set(refs.values())) - thinned
+        self._load(left, whole, thinned)
         collect(left)
         report = left.verify(data=True)
         assert report.ok, report.problems
-        again = open_left(backend, self._tables.index_of(()), clock=lambda: now_ns)
-        self._load(again, owed)
+        again = open_left(backend, self._tables.index_of(()), clock=lambda: now_ns + LATER_NS)
+        self._load(again, whole, thinned)
         if saves:
             snapshot = again.save(_small(9), branch="next", step=9)
             assert_same(left.load(snapshot.id), _small(9))
 
-    def _load(self, repo: Repository, snapshot_ids: set[str]) -> None:
-        for snapshot_id in sorted(snapshot_ids):
+    def _load(self, repo: Repository, whole: set[str] | frozenset[str], thinned: frozenset[str]) -> None:
+        for snapshot_id in sorted(whole):
             assert_same(repo.load(snapshot_id), self._states[snapshot_id])
+        for snapshot_id in sorted(thinned):
+            found = repo.load(snapshot_id, paths=["optimizer/**"])
+            assert_same(found, {"optimizer": self._states[snapshot_id]["optimizer"]})
 
     def _index(self, backend: LeftBackend, commit: IndexCommit | None) -> MemoryIndex:
         if commit is None:
@@ -177,9 +295,3 @@ class Examiner:
         for pack_id in commit.packs:
             self._tables.learn(backend, pack_id, hasher)
         return self._tables.index_of(commit.packs)
-
-
-def collect(repo: Repository) -> None:
-    """Collect garbage."""
-    if hasattr(repo, "gc"):
-        repo.gc()

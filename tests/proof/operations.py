@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from castore.api import Repository
+from castore.checkpoint.undelete import undelete as undelete_refs
+from castore.maintenance.forget import forget_named
+from castore.maintenance.thin import thin_named
 
 
 def collect(repo: Repository) -> Any:
@@ -20,7 +23,17 @@ def account_of(account: Any) -> int:
 
 def forget(repo: Repository, snapshot_ids: Sequence[str]) -> None:
     """Forget snapshots by id."""
-    getattr(repo, "forget", lambda _: None)(snapshot_ids)
+    forget_named(repo.handle, snapshot_ids)
+
+
+def undelete(repo: Repository, snapshot_ids: Sequence[str]) -> None:
+    """Bring forgotten snapshots back."""
+    undelete_refs(repo.handle, snapshot_ids)
+
+
+def thin(repo: Repository, globs: Sequence[str], snapshot_ids: Sequence[str]) -> None:
+    """Drop leaves of snapshots that are kept."""
+    thin_named(repo.handle, globs, snapshot_ids)
 
 
 def live_bytes(repo: Repository) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,7 +20,7 @@ import pytest
 import castore
 from castore.errors import CastoreError
 from tests.checkpoint.states import assert_same
-from tests.proof.crash_story import CHAPTERS, STORE, Examiner, Promise, Story, moments, store_files
+from tests.proof.crash_story import CHAPTERS, STORE, Examiner, Promise, Story, files_of_repository, moments
 from tests.proof.effort import effort
 from tests.proof.journal import KILLED, ROOT, Disk, Enter, IndexCommit, Operation, Outcome, Sync
 
@@ -44,16 +44,17 @@ class Left:
     length: int
     """Operations before the crash."""
     outcome: Outcome
-    index: IndexCommit | None
+    indexes: Mapping[str, IndexCommit | None]
+    """What is left of the index of each repository."""
     before: Promise
     after: Promise
 
     def __str__(self) -> str:
         variants = {node: variant for node, variant in self.outcome.variants.items() if variant != "whole"}
-        index = None if self.index is None else len(self.index.packs)
+        indexes = {name: None if left is None else len(left.packs) for name, left in self.indexes.items()}
         return (
             f"crash after {self.length} operations, in {self.after.doing!r}; lost names {sorted(self.outcome.lost)}, "
-            f"bytes {variants}, index of {index} packs"
+            f"bytes {variants}, packs in the indexes {indexes}"
         )
 
 
@@ -61,7 +62,7 @@ def crashes(journal: Sequence[Operation], *, exhaustive_max: int, random_count: 
     """Every disk to look at, each different from all before in some byte, with an index that fits or does not."""
     rng = random.Random(SEED)
     disk, applied, seen = Disk(), 0, set()
-    for length, before, after in moments(list(journal)):
+    for length, before, after in moments(journal):
         while applied < length:
             disk.apply(journal[applied])
             applied += 1
@@ -70,8 +71,10 @@ def crashes(journal: Sequence[Operation], *, exhaustive_max: int, random_count: 
             shape = frozenset((name, hash(data)) for name, data in files.items())
             if shape not in seen:
                 seen.add(shape)
-                commits = disk.indexes.get(STORE, [])
-                yield Left(length, outcome, rng.choice([None, *commits[:1], *commits[-2:]]), before, after)
+                indexes = {
+                    name: rng.choice([None, *commits[:1], *commits[-2:]]) for name, commits in disk.indexes.items()
+                }
+                yield Left(length, outcome, indexes, before, after)
 
 
 def disks(journal: Sequence[Operation], chosen: Sequence[Left]) -> Iterator[tuple[Left, dict[str, bytes]]]:
@@ -81,7 +84,7 @@ def disks(journal: Sequence[Operation], chosen: Sequence[Left]) -> Iterator[tupl
         while applied < left.length:
             disk.apply(journal[applied])
             applied += 1
-        yield left, store_files(disk.survivors(left.outcome))
+        yield left, disk.survivors(left.outcome)
 
 
 def examine_all(story: Story, chosen: Sequence[Left]) -> list[str]:
@@ -90,7 +93,7 @@ def examine_all(story: Story, chosen: Sequence[Left]) -> list[str]:
     broken = []
     for number, (left, files) in enumerate(disks(story.recorder.journal, chosen)):
         try:
-            examiner.examine(files, left.index, left.before, left.after, saves=number % 10 == 0)
+            examiner.examine(files, left.indexes, left.before, left.after, saves=number % 10 == 0)
         except (AssertionError, CastoreError) as error:
             broken.append(f"{left}: {type(error).__name__}: {error}")
     return broken
@@ -160,16 +163,17 @@ def test_a_directory_left_by_a_crash_opens_with_whatever_became_of_its_cache(sto
     found = list(crashes(story.recorder.journal, exhaustive_max=16, random_count=2))
     chosen = sorted(rng.sample(found, DIRECTORIES), key=lambda left: left.length)
     for number, (left, files) in enumerate(disks(story.recorder.journal, chosen)):
-        cache = dict(left.index.files) if left.index else {}
+        commit = left.indexes.get(STORE)
+        cache = dict(commit.files) if commit else {}
         if number % 3 == 0:
             cache = {name: data[: len(data) // 2] + bytes(len(data) - len(data) // 2) for name, data in cache.items()}
         directory = tmp_path / str(number)
-        for name, data in (files | cache).items():
+        for name, data in (files_of_repository(files, STORE) | cache).items():
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         with castore.open(directory) as repo:
-            for snapshot_id in left.before.states.keys() & left.after.states.keys():
+            for snapshot_id in left.before.owed[STORE].whole & left.after.owed[STORE].whole:
                 assert_same(repo.load(snapshot_id), story.states[snapshot_id])
             if hasattr(repo, "gc"):
                 repo.gc()

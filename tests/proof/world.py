@@ -18,7 +18,7 @@ from typing import Any, Self
 from unittest import mock
 
 import numpy as np
-from castore.maintenance.gc.writers import Watch
+
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
@@ -311,7 +311,7 @@ def installed(world: World) -> Iterator[None]:
         mock.patch("castore.checkpoint.fetch.worker_count", return_value=1),
         mock.patch("castore.leases.socket.gethostname", world.host_of_this_thread),
         mock.patch("castore.leases.boot_id", world.host_of_this_thread),
-        mock.patch.dict(_defaults(Watch), {"monotonic_s": world.clock.monotonic, "sleep": world.sleep}),
+
     ):
         yield
 
