@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from castore.errors import RepositoryExistsError, RepositoryNotFoundError, UsageError
 from castore.ids import SnapshotId
 from castore.marks import forgotten_ids, read_thinning, thinned_ids
-from castore.options import Compression, HashName, RepositoryOptions
+from castore.options import REPACK_BELOW, REPACK_BYTES_MAX, Compression, HashName, RepositoryOptions
 from castore.refs import Ref, branch_of, list_branches, list_tags, resolve
 from castore.repository import Handle, create, open_repository
 from castore.snapshots import Leaf, Snapshot, ancestry, leaf_table, list_snapshot_ids, make_snapshot, read_record
@@ -339,6 +339,35 @@ class Repository:
         from castore.maintenance.usage import usage
 
         return usage(self._handle, depth=depth, progress=progress)
+
+    def gc(
+        self,
+        dry_run: bool = False,  # noqa: FBT001, FBT002  repo.gc(True) reads as what it is
+        *,
+        repack_below: float = REPACK_BELOW,
+        repack_bytes_max: int = REPACK_BYTES_MAX,
+        wait_s: float | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Any:
+        """Free what no branch, tag or orphan within its grace needs. Saves and loads go on meanwhile.
+
+        Args:
+            dry_run: say what would be freed, and change nothing.
+            repack_below: packs of which a smaller share is live are rewritten; 0 only deletes packs in which nothing is
+                live. repack_bytes_max: what one collection copies at most.
+            wait_s: how long to wait for saves that began before; what they hold up is left to the next collection. By
+                default the lease length of the repository.
+            progress: called with (what is being done, done, in all).
+
+        Returns a GcReport: what was freed, what is pending and why, what differences pin, what is wasted inside packs.
+        Interrupted at any point, it is simply run again. Raises LeaseError when another collector is at work, and
+        DamageError, having freed nothing, when a ref, snapshot or manifest cannot be read.
+        """
+        from castore.maintenance.gc.collect import GcRequest, collect
+
+        self._settle()
+        request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
+        return collect(self._handle, request, progress=progress or (lambda *_: None))
 
     def reindex(self, *, progress: Progress | None = None) -> Any:
         """Build the index again from the packs."""

@@ -100,10 +100,10 @@ def list_claims(backend: Backend, prefix: str) -> list[LeaseInfo]:
         try:
             fields = decode_text_file(claim.data, name=claim.name)
             kinds = {"purpose": str, "host": str, "pid": int, "started_ns": int, "boot": str}
-            values = [text_field(fields, key, kind, name=claim.name) for key, kind in kinds.items()]
-            info = LeaseInfo(claim.name, claim.held, *values, claim.data)
+            values = {key: text_field(fields, key, kind, name=claim.name) for key, kind in kinds.items()}
         except DamageError:
-            info = LeaseInfo(claim.name, claim.held, "unknown", "unknown", 0, 0, "", claim.data)
+            values = {"purpose": "unknown", "host": "unknown", "pid": 0, "started_ns": 0}
+        info = LeaseInfo(name=claim.name, held=claim.held, data=claim.data, **values)
         leases.append(info)
     return leases
 

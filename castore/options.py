@@ -64,6 +64,16 @@ ASYNC_IN_FLIGHT_MAX = 2
 STAGED_BUDGET_SHARE = 0.5
 """Of the available memory, what staged states may occupy."""
 
+GC_RESERVE_BYTES = 256 * KIB
+"""What a collector may spend on a full disk: its claim and its condemned file, and what the index needs to forget."""
+REPACK_BELOW = 2 / 3
+"""Packs of which a smaller share is live are rewritten: at most 2 bytes are copied for each one freed, and what is
+wasted inside packs stays below a third of them."""
+REPACK_BYTES_MAX = 2048 * MIB
+"""Copied by one collection at most: a minute of a plain disk. The next one goes on."""
+COLLECT_SPACE_BYTES_MIN = 64 * MIB
+"""Left free by copying: a collection beside a save must not be what fills the disk."""
+
 HashName = Literal["xxh3-128", "blake3"]
 Compression = Literal["auto", "lz4", "none"]
 HASH_NAMES: tuple[HashName, ...] = get_args(HashName)

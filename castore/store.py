@@ -71,6 +71,7 @@ class ChunkStore:
             self._index.forget(known - listing)
             self._add_tables(sorted(listing - known))
             self._listing = listing
+            self._readers.keep_only(listing)  # an open file keeps the space of a pack that was collected
             self.damaged_packs = {pack_id: e for pack_id, e in self.damaged_packs.items() if pack_id in listing}
             return listing
 
@@ -120,6 +121,14 @@ class ChunkStore:
             if self._listing is not None:
                 self._listing |= tables.keys()
                 self._sizes.update((pack_id, _end(rows)) for pack_id, rows in tables.items())
+
+    def forget(self, pack_ids: Collection[PackId]) -> None:
+        """Let go of packs that are about to be deleted: nothing is found in them any more, and no file stays open."""
+        with self._lock:
+            self._index.forget(pack_ids)
+            if self._listing is not None:
+                self._listing -= frozenset(pack_ids)
+            self._readers.keep_only(self._readers.open_packs() - frozenset(pack_ids))
 
     def _add_tables(self, pack_ids: Iterable[PackId]) -> None:
         batch: dict[PackId, Sequence[Row]] = {}
@@ -383,6 +392,16 @@ class _ReaderCache:
                 # Not closed here: another thread may be reading. The last reference closes it.
                 self._readers.popitem(last=False)
             return reader
+
+    def open_packs(self) -> frozenset[PackId]:
+        with self._lock:
+            return frozenset(self._readers)
+
+    def keep_only(self, pack_ids: Collection[PackId]) -> None:
+        """Let go of the others; who is reading one goes on, the last reference closes it."""
+        with self._lock:
+            for pack_id in self._readers.keys() - pack_ids:
+                del self._readers[pack_id]
 
     def close_missing(self) -> None:
         """Forget everything, so that the next open sees what is there now."""

@@ -19,7 +19,7 @@ from castore.format.layout import branch_name, check_ref_name, tag_name
 from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, PackId, SnapshotId
-from castore.leases import condemned_packs, writer_lease
+from castore.leases import check_not_condemned, condemned_packs, writer_lease
 from castore.marks import (
     Thinning,
     forgotten,
@@ -69,6 +69,7 @@ def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) ->
         if found is None:
             check_free(backend, name, as_tag=False)
         read_record(backend, target)
+        check_not_condemned(backend, target)
         if found is not None:
             note_orphan(backend, found, now_ns=now_ns)
         if not move_branch(backend, name, expected_id=found, new_id=target, now_ns=now_ns):
@@ -91,6 +92,7 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
         target = resolve(backend, at)
         check_tag_free(backend, name)
         read_record(backend, target)
+        check_not_condemned(backend, target)
         create_tag(backend, name, target, now_ns=now_ns)
         try:
             _adopt(handle, target, listed=listed, now_ns=now_ns)
@@ -178,6 +180,7 @@ def rescue(
     """
     while True:
         # The condemned set before the listing, for the reason given in save.py.
+        check_not_condemned(handle.backend, snapshot_id)
         condemned = condemned_packs(handle.backend)
         try:
             record = read_record(handle.backend, snapshot_id)

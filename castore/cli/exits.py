@@ -5,7 +5,7 @@
     2    wrong usage: an option, an argument, a name, a file of an unknown kind
     3    damage: `verify` found some, or what the command needed is damaged
     4    not found: the repository, a ref, a path, a file
-    5    conflict: the name is taken, the branch was moved by somebody else, the file exists
+    5    conflict: the name is taken, the branch was moved by somebody else, the file exists, another gc is at work
     6    not permitted: owner, permissions, a read-only mount
     7    no space left, or a limit on the size of files
     8    the repository needs a newer castore
@@ -46,7 +46,7 @@ _BY_TYPE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Exit], ...]
     (errors.UnsupportedFormatError, Exit.NEWER_FORMAT),
     (errors.DamageError, Exit.DAMAGE),
     (
-        (errors.ConflictError, errors.RefExistsError, errors.RepositoryExistsError, FileExistsError),
+        (errors.ConflictError, errors.LeaseError, errors.RefExistsError, errors.RepositoryExistsError, FileExistsError),
         Exit.CONFLICT,
     ),
     (

@@ -36,6 +36,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "pull": ("transfer", "Fetch snapshots from another repository."),
     },
     "Upkeep": {
+        "gc": ("collect", "Free what no branch or tag needs any more."),
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),
         "dump": ("upkeep", "Describe one file of a repository, damaged or not."),

@@ -41,6 +41,7 @@ TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
 RESERVE = "gc/reserve"
+CONDEMNED_SUFFIX, DRAIN_SUFFIX, COLLECTOR_SUFFIX = ".condemned", ".drain", ".collector"
 CACHE = "cache/"
 
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789_-")
@@ -114,22 +115,22 @@ def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
 
 def new_condemned_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `gc/<random>.condemned`."""
-    return f"{GC}{random_bytes(16).hex()}.condemned"
+    return f"{GC}{random_bytes(16).hex()}{CONDEMNED_SUFFIX}"
 
 
 def is_condemned_name(name: str) -> bool:
     """Whether the file is a condemned set."""
-    return name.startswith(GC) and name.endswith(".condemned")
+    return name.startswith(GC) and name.endswith(CONDEMNED_SUFFIX)
 
 
 def drain_name(condemned_name: str) -> str:
     """`gc/<random>.drain`, beside the condemned file."""
-    return condemned_name.removesuffix(".condemned") + ".drain"
+    return condemned_name.removesuffix(CONDEMNED_SUFFIX) + DRAIN_SUFFIX
 
 
 def new_collector_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `gc/<random>.collector`."""
-    return f"{GC}{random_bytes(16).hex()}.collector"
+    return f"{GC}{random_bytes(16).hex()}{COLLECTOR_SUFFIX}"
 
 
 def branch_name(name: str) -> str:

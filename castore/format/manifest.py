@@ -206,6 +206,27 @@ def decode_part(data: Buffer, *, id_bytes: int, where: str) -> list[Entry]:
         raise FormatError(f"{where}: nested deeper than any manifest part that castore writes") from error
 
 
+def part_references(data: Buffer, *, id_bytes: int, where: str) -> tuple[bytes, bytes]:
+    """The chunk ids and the ids of id lists that a part names, each kind concatenated: all that gc needs of it, at a
+    tenth of the cost of its entries. What looks odd is left to decode_part. Raises FormatError.
+    """
+    chunks = id_lists = b""
+    try:
+        unpacked = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
+        version, packed_entries = unpacked
+        found = [entry[7] for entry in packed_entries if len(entry) == _ENTRY_FIELDS and type(entry[7]) is list]
+        chunks = b"".join(ids for ids, *mark in found if not mark)
+        id_lists = b"".join(ids for ids, *mark in found if mark)
+        even = not len(chunks) % id_bytes and not len(id_lists) % id_bytes and all(len(ids) <= 2 for ids in found)
+        odd = version != PART_VERSION or not even or any(len(entry) != _ENTRY_FIELDS for entry in packed_entries)
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError):
+        odd = True
+    if not odd and len(data) <= PART_BYTES_MAX:
+        return chunks, id_lists
+    entries = decode_part(data, id_bytes=id_bytes, where=where)
+    return b"".join(entry.chunks or b"" for entry in entries), b"".join(entry.id_lists or b"" for entry in entries)
+
+
 def _unpack_entry(packed: Any, id_bytes: int, where: str) -> Entry:
     if not isinstance(packed, list) or len(packed) != _ENTRY_FIELDS or not isinstance(packed[0], str):
         raise FormatError(f"{where}: expected an entry of {_ENTRY_FIELDS} fields, found {str(packed)[:80]}")

@@ -16,6 +16,7 @@ from castore.format.pack import (
     TRAILER_BYTES,
     PackHeader,
     Row,
+    Trailer,
     aligned,
     decode_header,
     decode_record_header,
@@ -42,8 +43,23 @@ def read_header(reader: RangeReader, *, where: str, expected_id: PackId | None =
     return header
 
 
+@dataclass(frozen=True, slots=True)
+class RawTable:
+    """The table of a pack, not taken apart."""
+
+    header: PackHeader
+    trailer: Trailer
+    data: bytes
+
+
 def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: Hasher) -> list[Row]:
     """Every row of the pack, from its trailer and table. Raises DamageError when either cannot be trusted."""
+    table = read_raw_table(reader, where=where, expected_id=expected_id, hasher=hasher)
+    return decode_table(table.data, table.trailer, id_bytes=hasher.digest_bytes, where=where)
+
+
+def read_raw_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: Hasher) -> RawTable:
+    """Header, trailer and the bytes between, of which decode_table compares the checksum. Raises DamageError."""
     id_bytes = hasher.digest_bytes
     if reader.size_bytes < HEADER_BYTES + TRAILER_BYTES:
         raise FormatError(
@@ -59,8 +75,7 @@ def read_table(reader: RangeReader, *, where: str, expected_id: PackId, hasher: 
     trailer = decode_trailer(tail, pack_bytes=reader.size_bytes, id_bytes=id_bytes, where=where)
     if trailer.pack_id != expected_id:
         raise ChecksumError(f"{where}: expected the trailer of pack {expected_id}, found {trailer.pack_id}")
-    table = reader.read(trailer.table_offset, trailer.row_count * row_bytes(id_bytes))
-    return decode_table(table, trailer, id_bytes=id_bytes, where=where)
+    return RawTable(header, trailer, reader.read(trailer.table_offset, trailer.row_count * row_bytes(id_bytes)))
 
 
 @dataclass(frozen=True, slots=True)

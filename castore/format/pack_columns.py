@@ -1,0 +1,86 @@
+"""A pack's table as columns: millions of rows without an object for each. The layout is drawn in pack.py.
+
+Apart from pack.py because it needs numpy, which history and checks of structure do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from castore.errors import ChecksumError
+from castore.format.pack import Row, Trailer, row_bytes
+from castore.hashing import checksum
+from castore.ids import Buffer
+
+Words = npt.NDArray[np.uint64]
+"""Ids as rows of 64-bit words, two or four each: compared and hashed by the column."""
+
+_ROW = {
+    n: np.dtype(
+        [
+            ("chunk_id", f"V{n}"),
+            ("base_id", f"V{n}"),
+            ("offset", "<u8"),
+            ("stored_bytes", "<u4"),
+            ("raw_bytes", "<u4"),
+            ("checksum", "<u8"),
+            ("chain", "V4"),
+            ("kind", "u1"),
+            ("depth", "u1"),
+            ("flags", "<u2"),
+        ]
+    )
+    for n in (16, 32)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumns:
+    """Some rows of a table."""
+
+    chunk_ids: Words
+    base_ids: Words
+    """Zero where there is no base."""
+    stored_bytes: npt.NDArray[np.uint32]
+    depths: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.depths)
+
+
+def decode_columns(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str) -> TableColumns:
+    """All rows of a table, its checksum compared. Copies what it keeps. Raises ChecksumError."""
+    found = checksum(data)
+    if found != trailer.table_checksum:
+        raise ChecksumError(
+            f"{where}: table: expected checksum {trailer.table_checksum:016x}, found {found:016x}; the bytes changed"
+        )
+    dtype = _ROW[id_bytes]
+    assert dtype.itemsize == row_bytes(id_bytes)
+    rows = np.frombuffer(data, dtype)
+    return TableColumns(
+        as_words(np.ascontiguousarray(rows["chunk_id"]).data, id_bytes),
+        as_words(np.ascontiguousarray(rows["base_id"]).data, id_bytes),
+        rows["stored_bytes"].astype(np.uint32),
+        rows["depth"].astype(np.uint8),
+    )
+
+
+def as_words(ids: Buffer, id_bytes: int) -> Words:
+    """Concatenated ids as rows of words, without a copy."""
+    return np.frombuffer(ids, "<u8").reshape(-1, id_bytes // 8)
+
+
+def columns_of(rows: Sequence[Row], *, id_bytes: int) -> TableColumns:
+    """The same of rows that a scan found."""
+    no_base = bytes(id_bytes)
+    return TableColumns(
+        as_words(b"".join(row.chunk_id for row in rows), id_bytes),
+        as_words(b"".join(row.base_id or no_base for row in rows), id_bytes),
+        np.array([row.stored_bytes for row in rows], np.uint32),
+        np.array([row.depth for row in rows], np.uint8),
+    )

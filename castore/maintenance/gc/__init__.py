@@ -1,0 +1,1 @@
+"""Garbage collection: the protocol is in collect.py."""
