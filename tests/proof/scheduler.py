@@ -184,8 +184,9 @@ def explore(run: Run, *, turns_max: int, kills_max: int = 0, runs_max: int | Non
     """Carry out every schedule of at most `turns_max` turns, of which at most `kills_max` are deaths.
 
     Each is a run that was seen, departed from at a later choice: so only choices that there are get tried, each once.
-    With `runs_max` a seeded sample of them. Returns the number of runs; the first that fails raises what its check
-    raised, with the schedule in a note.
+    Two turns with nothing between them that the other actor could notice or undo are one: the later stands for both,
+    and a death stands for those after it up to the next step that changes anything. With `runs_max` a seeded sample.
+    Returns the number of runs; the first that fails raises what its check raised, with the schedule in a note.
     """
     rng = random.Random(seed)
     pending: list[Schedule] = [()]
@@ -214,10 +215,39 @@ def _departures(schedule: Schedule, steps: Sequence[Step], *, may_kill: bool) ->
     for at in range(first, len(steps)):
         step = steps[at]
         for name in step.ready:
-            if name != step.chosen:
+            if name != step.chosen and any(
+                conflict(step.label, other.label) for other in steps if other.chosen == name
+            ):
                 yield (*schedule, Turn(at, name))
-        if may_kill and step.label != "begin":
+        if may_kill and changes(step.label):
             yield (*schedule, Turn(at, step.chosen, "kill"))
+
+
+_CHANGING = frozenset({"put_if_absent", "commit", "compare_and_swap", "delete", "claim", "release", "rename", "index"})
+_LOOKING = frozenset({"list", "claims", "temporaries"})
+_QUIET_INDEX = frozenset({"find", "packs"})
+
+
+def changes(label: str) -> bool:
+    """Whether a step leaves something behind."""
+    operation, _, name = label.partition(" ")
+    return operation in _CHANGING and not (operation == "index" and name in _QUIET_INDEX)
+
+
+def conflict(one: str, other: str) -> bool:
+    """Whether two steps may come to something else in the other order. Time that passes may matter to anything."""
+    (operation, _, name), (other_operation, _, other_name) = one.partition(" "), other.partition(" ")
+    if "sleep" in (operation, other_operation):
+        return True
+    if not changes(one) and not changes(other):
+        return False
+    if "index" in (operation, other_operation):
+        return operation == other_operation
+    if operation in _LOOKING:
+        return other_name.startswith(name)
+    if other_operation in _LOOKING:
+        return name.startswith(other_name)
+    return name == other_name
 
 
 def wander(run: Run, *, seeds: Sequence[int], turn_chance: float, kill_chance: float = 0.0) -> int:

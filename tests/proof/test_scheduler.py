@@ -18,7 +18,7 @@ def steps_of(order: list[str], choose: Choose, *, steps: int = 2) -> Scheduler:
     def program(name: str) -> Callable[[], None]:
         def run() -> None:
             for number in range(steps):
-                scheduler.point(name, f"step {number}")
+                scheduler.point(name, "claim a file")
                 order.append(f"{name}{number}")
 
         return run
