@@ -325,14 +325,60 @@ class Repository:
 
     # ---- maintenance ---------------------------------------------------------------------------------------------
 
-    def verify(self, *, data: bool = False, progress: Progress | None = None) -> Any:
+    def verify(
+        self,
+        *,
+        data: bool = False,
+        max_duration_s: float | None = None,
+        max_age_s: float | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
         """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
+
+        `max_duration_s` and `max_age_s` spread the reading over many runs: packs are read for so long, those first
+        that were not read for longest, and those left out that were found whole within that age. What was read when is
+        remembered in the cache of the repository.
 
         Returns a VerifyReport with `.ok`; damage is reported, not raised.
         """
         from castore.maintenance.verify import verify
 
-        return verify(self._handle, data=data, progress=progress)
+        return verify(self._handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
+
+    def repair(
+        self,
+        *,
+        sources: Sequence[Any] = (),
+        dry_run: bool = False,
+        fix_refs: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Bring a damaged repository to a state that can be worked with, and lose nothing that can still be read.
+
+        Records that read right are copied out of damaged packs into new ones; what is damaged then moves to the folder
+        `quarantine/`, nothing is deleted. Chunks that are lost are written again where another source holds the same
+        content. Of snapshots that lost leaves all the same it is marked which: `load` names them (LostLeavesError), the
+        other leaves load with `paths=`, and gc goes on.
+
+        Args:
+            sources: where lost content may be found: paths of other repositories, or states (what a checkpoint file
+                held), of which every chunk is tried.
+            dry_run: only plan.
+            fix_refs: move branches that name nothing readable to the newest whole snapshot that was saved to them.
+
+        Returns a RepairReport. Reads every byte, as `verify(data=True)` does. Raises LeaseError while a collector is at
+        work, NoSpaceError before anything is written, StorageError.
+        """
+        from castore.maintenance.repair.execute import repair
+
+        self._settle()
+        return repair(
+            self._handle,
+            [self._chunk_source(source) for source in sources],
+            dry_run=dry_run,
+            fix_refs=fix_refs,
+            progress=progress,
+        )
 
     def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Any:
         """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
@@ -462,6 +508,24 @@ class Repository:
         if self._saver is not None and self._saver.is_of_this_process:
             self._saver.wait()
             self._saver.raise_failure()
+
+    def _chunk_source(self, source: Any) -> Any:
+        """A source for `repair`: a repository, or a state that is hashed as a save would."""
+        from castore.maintenance.repair.sources import MappedSource, RepositorySource
+
+        hasher = self._handle.hasher
+        if isinstance(source, str | os.PathLike):
+            return RepositorySource(open_repository(Path(source)), hasher)
+        if isinstance(source, Repository):
+            return RepositorySource(source.handle, hasher)
+        from castore.checkpoint.plan import hash_state, plan_manifest
+        from castore.tensors import flatten
+
+        hashed = hash_state(flatten(source, allow_pickle=False), hasher, progress=lambda _: None)
+        found = dict(plan_manifest(hashed.entries, hasher).sources)
+        for leaf in hashed.leaves:
+            found.update(zip(leaf.ids, leaf.sources, strict=True))
+        return MappedSource("a state", {chunk_id: chunk.read for chunk_id, chunk in found.items()})
 
     def _bound(self, snapshot: Snapshot) -> Snapshot:
         return replace(snapshot, _read_leaves=self._read_leaves)

@@ -25,9 +25,11 @@ CastoreError
 │   ├── FormatError                a file or record cannot be parsed
 │   ├── ChecksumError              the bytes changed after they were written
 │   ├── CodecError                 an encoded payload does not decode
-│   ├── ChunkMissingError          no pack holds the chunk
-│   │   └── SnapshotGoneError      the snapshot was collected while it was being read
-│   └── ParityExceededError        more of a pack is lost than its parity restores
+│   ├── NoValidSnapshotError       every snapshot that was tried is damaged
+│   ├── ParityExceededError        more of a pack is lost than its parity restores
+│   └── ChunkMissingError          no pack holds the chunk
+│       ├── SnapshotGoneError      the snapshot was collected while it was being read
+│       └── LostLeavesError        a repair marked leaves of the snapshot as lost: load the others
 ├── PartialLoadError               a load failed midway: names the live leaves already overwritten
 ├── LeaseError                     a lease was lost or cannot be taken
 └── StorageError                   the file system refused (also an OSError)
@@ -35,6 +37,7 @@ CastoreError
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
 
 CastoreWarning                     (a UserWarning)
+├── SkippedSnapshotWarning         a snapshot could not be loaded, and an older one was
 ├── SlowSaveWarning                saves are asked for faster than they can be written
 ├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
 └── StaleSaveWarning               the step moved, but no tensor changed
@@ -246,6 +249,26 @@ class ParityExceededError(DamageError):
     """More stretches of a pack and of its parity are lost than the parity restores."""
 
 
+class LostLeavesError(ChunkMissingError):
+    """Leaves of the snapshot are lost for good, as a repair has found; the others can be loaded."""
+
+    def __init__(self, message: str, *, lost: Sequence[str], left: Sequence[str]) -> None:
+        super().__init__(message)
+        self.lost = tuple(lost)
+        """Paths of the lost leaves, where they are known."""
+        self.left = tuple(left)
+        """Paths of the leaves that can be loaded: give them, or some of them, as paths=."""
+
+
+class NoValidSnapshotError(DamageError):
+    """Every snapshot that was tried is damaged."""
+
+    def __init__(self, message: str, *, skipped: Sequence[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.skipped = tuple(skipped)
+        """(snapshot id, why it cannot be loaded), newest first."""
+
+
 class PartialLoadError(CastoreError):
     """A load into live tensors failed midway."""
 
@@ -273,6 +296,10 @@ class NotFoundError(StorageError, FileNotFoundError):
 
 class CastoreWarning(UserWarning):
     """Base of everything that castore warns of."""
+
+
+class SkippedSnapshotWarning(CastoreWarning):
+    """A snapshot was asked for that cannot be loaded whole, and an older one was loaded in its place."""
 
 
 class StaleSaveWarning(CastoreWarning):

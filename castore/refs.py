@@ -106,6 +106,14 @@ def delete_ref_file(backend: Backend, file_name: str) -> bool:
             return True
 
 
+def replace_ref_file(
+    backend: Backend, file_name: str, name: str, *, expected: bytes, new_id: SnapshotId | None, now_ns: int
+) -> bool:
+    """Replace a ref file, a damaged one too, that holds the expected bytes; None removes it. False when it changed."""
+    new = None if new_id is None else encode_text_file({"name": name, "snapshot": new_id, "time_ns": now_ns})
+    return backend.compare_and_swap(file_name, expected=expected, new=new)
+
+
 def check_free(backend: Backend, name: str, *, as_tag: bool) -> None:
     """A new branch must not share its name with a tag, nor a new tag with a branch. Raises RefExistsError."""
     check_ref_name(name)

@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from castore.backend.base import Backend, RangeReader
 from castore.codec.registry import decode_chain
+from castore.damage_marks import leave_mark, readable_marks
 from castore.errors import (
     CastoreError,
     ChecksumError,
@@ -36,6 +37,8 @@ from castore.index.base import Index, Location
 from castore.pack.reader import Gap, read_table, scan_records
 
 _OPEN_READERS_MAX = 64
+_MARKS_LEFT_MAX = 100
+"""Records that one store marks as damaged: a repository in a worse state is for repair."""
 _INDEX_BATCH_ROWS = 200_000
 """Rows added to the index per transaction when it is rebuilt: bounds memory, and an interrupted rebuild keeps most."""
 
@@ -56,6 +59,8 @@ class ChunkStore:
         """Packs whose tables were read again because the index was doubted."""
         self._sizes: dict[PackId, int] = {}
         self._bad: set[tuple[PackId, int]] = set()
+        self._marks_known: set[str] = set()
+        self._marks_left = 0
         self.damaged_packs: dict[PackId, CastoreError] = {}
         """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
 
@@ -71,6 +76,7 @@ class ChunkStore:
             self._index.forget(known - listing)
             self._add_tables(sorted(listing - known))
             self._listing = listing
+            self._read_marks()
             self._readers.keep_only(listing)  # an open file keeps the space of a pack that was collected
             self.damaged_packs = {pack_id: e for pack_id, e in self.damaged_packs.items() if pack_id in listing}
             return listing
@@ -81,7 +87,7 @@ class ChunkStore:
             self._index.clear()
             self.damaged_packs = {}
             self._reread.clear()
-            self._bad.clear()
+            self._forget_damage()
         return len(self.refresh())
 
     def find(self, ids: Sequence[ChunkId]) -> list[Locations]:
@@ -97,12 +103,34 @@ class ChunkStore:
         cut = hit.row.offset + hit.row.stored_bytes > self._sizes.get(hit.pack_id, 0)
         return not cut and (hit.pack_id, hit.row.offset) not in self._bad
 
-    def mark_bad(self, pack_id: PackId, row: Row) -> None:
-        """Remember, while this store is open, that a record did not read right: the next save writes its chunk
+    def mark_bad(self, pack_id: PackId, row: Row, *, why: str) -> None:
+        """Remember that a record did not read right, also for processes to come: the next save writes its chunk
         again.
         """
         with self._lock:
+            if (pack_id, row.offset) in self._bad:
+                return
             self._bad.add((pack_id, row.offset))
+            self._marks_left += 1
+            if self._marks_left > _MARKS_LEFT_MAX:
+                return
+        leave_mark(self._backend, pack_id, [row.offset], why=why)
+
+    def forget_damage(self) -> None:
+        """Remember nothing of damaged records but what marks say from now on: somebody repaired them."""
+        with self._lock:
+            self._forget_damage()
+
+    def _forget_damage(self) -> None:
+        self._bad.clear()
+        self._marks_known.clear()
+        self._marks_left = 0
+
+    def _read_marks(self) -> None:
+        """Take in what others found to be damaged. Under the lock."""
+        for mark in readable_marks(self._backend, known=self._marks_known):
+            self._marks_known.add(mark.name)
+            self._bad.update((mark.pack_id, offset) for offset in mark.offsets)
 
     def locate(self, ids: Collection[ChunkId]) -> dict[ChunkId, Locations]:
         """Locations of every chunk; a miss lists the packs again before it counts. Missing chunks map to ()."""
@@ -220,7 +248,7 @@ class ChunkStore:
             try:
                 self._read_one(location, out, verify=verify)
             except DamageError as error:
-                self.mark_bad(location.pack_id, location.row)
+                self.mark_bad(location.pack_id, location.row, why=str(error))
                 failure = failure if isinstance(failure, NotFoundError) else error
             except (StorageError, RepositoryAccessError, UnsupportedFormatError) as error:
                 # A pack that has gone outweighs damage: the chunk may have moved, so it is looked up again.
@@ -293,8 +321,8 @@ class ChunkStore:
         try:
             self._readers.open(location.pack_id).read_into(row.offset, stored)
             check_stored(row, stored, where=where)
-        except DamageError:
-            self.mark_bad(location.pack_id, row)
+        except DamageError as error:
+            self.mark_bad(location.pack_id, row, why=str(error))
             raise
 
     def read_record(self, location: Location) -> tuple[bytearray, bytearray]:

@@ -145,6 +145,12 @@ class Backend(Protocol):
     def delete(self, name: str) -> bool:
         """Remove the file durably; False when it is absent."""
 
+    def move(self, name: str, new_name: str) -> bool:
+        """Give the file another name, durably and without reading it; False when it is absent.
+
+        StorageError when the new name is taken. A crash leaves it under one of the names or both, never neither.
+        """
+
     def compare_and_swap(self, name: str, *, expected: bytes | None, new: bytes | None) -> bool:
         """Replace the content if it is `expected`, atomically and durably; None stands for absent.
 

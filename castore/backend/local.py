@@ -125,6 +125,15 @@ class LocalBackend:
             syscalls.sync_directory(os.path.dirname(path))
             return True
 
+    def move(self, name: str, new_name: str) -> bool:
+        source, target = self._path(name), self._path(new_name)
+        with os_errors(source, f"move to {target}"):
+            if not os.path.lexists(source):
+                return False
+            if not self._tree.move(source, target):
+                raise StorageError(f"{source}: cannot move to {target}: the name is taken")
+            return True
+
     def compare_and_swap(self, name: str, *, expected: bytes | None, new: bytes | None) -> bool:
         path = self._path(name)
         directory = os.path.dirname(path)

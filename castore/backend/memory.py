@@ -86,6 +86,17 @@ class MemoryBackend:
             self._held.discard(name)
             return self._files.pop(name, None) is not None
 
+    def move(self, name: str, new_name: str) -> bool:
+        check_name(name)
+        check_name(new_name)
+        with self._lock:
+            if name not in self._files:
+                return False
+            if new_name in self._files:
+                raise StorageError(f"{self._where(name)}: cannot move to {new_name}: the name is taken")
+            self._files[new_name] = self._files.pop(name)
+            return True
+
     def compare_and_swap(self, name: str, *, expected: bytes | None, new: bytes | None) -> bool:
         check_name(name)
         with self._lock:

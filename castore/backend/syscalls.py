@@ -35,7 +35,7 @@ LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 _BUFFERS_MAX = 1024
 """IOV_MAX of Linux and macOS: more buffers in one writev are refused."""
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """How file systems say that they have no hard links (FAT, some network and FUSE file systems)."""
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _AT_FDCWD = -100
@@ -124,7 +124,7 @@ def move_if_absent(source: str, target: str) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         return _rename_if_absent(source, target)
     with suppress(OSError):  # the target is there; the second name is litter at worst

@@ -89,6 +89,27 @@ class Tree:
             os.rename(temporary, path)
             return True
 
+    def move(self, source: str, target: str) -> bool:
+        """Give a file another name, durable before the old one goes; False when the new one is taken."""
+        directory = os.path.dirname(target)
+        if not os.path.isdir(directory):
+            self._make_directory(directory)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in syscalls.NO_LINKS:
+                raise
+            if not self.place(source, target):  # one rename
+                return False
+        else:
+            self.settle(directory)
+            os.unlink(source)
+        self.settle(directory)
+        syscalls.sync_directory(os.path.dirname(source))
+        return True
+
     def settle(self, directory: str) -> None:
         """Make the names in a directory durable, and the directory itself where that is not known yet."""
         syscalls.sync_directory(directory)

@@ -14,6 +14,9 @@
     gc/<random>.drain               the leases that were older than that, which it waits for
     gc/<random>.collector           the claim of a collector at work
     gc/reserve                      space that a collector needs when the disk is full
+    damaged/<pack id>.<random>      records that did not read right: writers store their chunks again
+    lost/<snapshot id>              what a repair found to be lost of a snapshot
+    quarantine/<random>/<name>      what a repair took out of the way, under the name it had, and `why`
     cache/                          the index; may be deleted at any time
     .lock                           empty; locked while a branch or tag moves (local file systems)
 
@@ -40,6 +43,9 @@ BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"
 GC = "gc/"
+DAMAGED = "damaged/"
+LOST = "lost/"
+QUARANTINE = "quarantine/"
 RESERVE = "gc/reserve"
 CONDEMNED_SUFFIX, DRAIN_SUFFIX, COLLECTOR_SUFFIX = ".condemned", ".drain", ".collector"
 CACHE = "cache/"
@@ -111,6 +117,26 @@ def _parse_id(name: str, prefix: str) -> SnapshotId | None:
 def new_lease_name(random_bytes: RandomBytes = os.urandom) -> str:
     """A fresh `leases/<random>.lease`."""
     return f"{LEASES}{random_bytes(16).hex()}.lease"
+
+
+def new_mark_name(pack_id: PackId, random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh `damaged/<pack id>.<random>`."""
+    return f"{DAMAGED}{pack_id}.{random_bytes(8).hex()}"
+
+
+def lost_name(snapshot_id: SnapshotId) -> str:
+    """`lost/<id>`."""
+    return f"{LOST}{snapshot_id}"
+
+
+def parse_lost_name(name: str) -> SnapshotId | None:
+    """The snapshot id, or None when the name is not that of such a mark."""
+    return parse_snapshot_name(SNAPSHOTS + name.removeprefix(LOST))
+
+
+def new_quarantine(random_bytes: RandomBytes = os.urandom) -> str:
+    """A fresh folder `quarantine/<random>/` for one repair."""
+    return f"{QUARANTINE}{random_bytes(8).hex()}/"
 
 
 def new_condemned_name(random_bytes: RandomBytes = os.urandom) -> str:

@@ -11,19 +11,20 @@ So with `data` no byte of a pack may change unseen.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
+from types import MappingProxyType
 
 from castore.backend.base import Backend, RangeReader
 from castore.errors import CastoreError, NotFoundError
-from castore.format.layout import pack_name
-from castore.format.pack import HEADER_BYTES, RUN_FIXED_BYTES, Row, aligned
-from castore.hashing import CHECKSUM_BYTES
+from castore.format.layout import pack_name, parse_pack_name
+from castore.format.pack import Row
 from castore.ids import ChunkId, PackId
 from castore.index.base import Location
 from castore.maintenance.chunks import ChunkReader
+from castore.maintenance.header_check import check_headers
 from castore.maintenance.record_check import (
     Checked,
     Fault,
@@ -35,8 +36,7 @@ from castore.maintenance.record_check import (
     reading_threads,
 )
 from castore.maintenance.report import Findings, some
-from castore.maintenance.tables import read_rows, scan_rows
-from castore.options import PAGE_BYTES
+from castore.maintenance.tables import read_rows
 from castore.pack.reader import read_header
 from castore.repository import Handle
 
@@ -58,6 +58,8 @@ class Survey:
     """Records that cannot be used."""
     pack_count: int = 0
     checked_bytes: int = 0
+    damaged_packs: set[PackId] = field(default_factory=set)
+    """Packs of which some byte is not as it was written, or cannot be read."""
 
 
 def check_packs(
@@ -68,10 +70,14 @@ def check_packs(
     *,
     data: bool,
     advance: Callable[[int], None],
+    known: Mapping[tuple[str, int], Fault] = MappingProxyType({}),
 ) -> Survey:
-    """Check packs; `advance` gets the bytes of their files as they are dealt with."""
+    """Check packs; `advance` gets the bytes of their files as they are dealt with.
+
+    `known` are faults that a scrub found before: (pack file, offset) → fault.
+    """
     with reading_threads() if data else nullcontext() as threads:
-        check = _Check(handle, needs, findings, threads=threads, advance=advance)
+        check = _Check(handle, needs, findings, threads=threads, advance=advance, known=known)
         for pack_id in pack_ids:
             check.pack(pack_id)
         check.deltas()
@@ -90,8 +96,10 @@ class _Check:
         *,
         threads: Threads | None,
         advance: Callable[[int], None],
+        known: Mapping[tuple[str, int], Fault],
     ) -> None:
         self.survey = Survey()
+        self._known = known
         self._handle = handle
         self._needs = needs
         self._findings = findings
@@ -117,7 +125,9 @@ class _Check:
             rows, from_table = self._rows(reader, pack_id)
             self._check_index(rows, pack_id)
             if from_table and self._threads is not None:
-                self._check_headers(reader, rows, pack_id)
+                hasher = self._handle.hasher
+                if not check_headers(reader, rows, pack_id, hasher, self._findings):
+                    self.survey.damaged_packs.add(pack_id)
             self._check_plain([Record(name, reader, row) for row in rows if row.base_id is None])
         finally:
             reader.close()
@@ -161,6 +171,7 @@ class _Check:
         if error:
             found = f"a scan found {len(rows)} whole records, `castore dump` shows them"
             self._findings.problem("pack", name, f"{error}; {found}")
+            self.survey.damaged_packs.add(pack_id)
             return rows, False
         if read_header(reader, where=name).repository_id != self._handle.config.repository_id:
             self._findings.note(f"{name} was written for another repository")
@@ -187,29 +198,6 @@ class _Check:
         found = self._handle.store.find([row.chunk_id for row in rows])
         wanted = (Location(pack_id, row) for row in rows)
         return [location.row for location, hits in zip(wanted, found, strict=True) if location not in hits]
-
-    def _check_headers(self, reader: RangeReader, rows: Sequence[Row], pack_id: PackId) -> None:
-        """Records as their own headers describe them, against the table; and the zeros between them."""
-        name = pack_name(pack_id)
-        scanned = {row.offset: row for row in scan_rows(reader, pack_id, self._handle.hasher)}
-        for row in rows:
-            found = scanned.pop(row.offset, None)
-            if found != row:
-                what = "is damaged" if found is None else "says something else"
-                self._findings.problem(
-                    "record",
-                    name,
-                    f"chunk {row.chunk_id.hex()}: the record header before offset {row.offset} {what}; "
-                    "the table still finds the chunk, but a scan without the table would not",
-                )
-        if scanned:
-            self._findings.problem("pack", name, f"{len(scanned)} records (at {some(scanned)}) are not in the table")
-        ordered = sorted(rows, key=lambda row: row.offset)
-        gaps = zero_ranges(ordered, id_bytes=self._handle.hasher.digest_bytes)
-        dirty = [start for start, stop in gaps if _holds_bytes(reader, start, stop)]
-        if dirty:
-            message = f"expected zeros between the records at {some(dirty)}, found other bytes; no record is lost"
-            self._findings.problem("pack", name, message)
 
     # ---- records ---------------------------------------------------------------------------------------------------
 
@@ -240,13 +228,17 @@ class _Check:
         return None
 
     def _count_all(self, checked: Iterable[Checked]) -> None:
-        for record, fault in checked:
+        for record, found in checked:
             row = record.row
+            fault = found or self._known.get((record.name, row.offset))
             expected = self._needs.get(row.chunk_id)
             if fault is None and expected not in (None, row.raw_bytes):
                 message = f"manifests expect {expected} raw bytes, the record declares {row.raw_bytes}"
+                # The record is as it was written, so its pack is not damaged: it is the manifest that lies.
                 fault = Fault(record.name, row, f"chunk {row.chunk_id.hex()} at {row.offset}: {message}")
-            if fault is not None:
+                self.survey.faults.append(fault)
+                self._done(row)
+            elif fault is not None:
                 self._fail(fault)
             else:
                 depths = self.survey.depths
@@ -255,6 +247,9 @@ class _Check:
 
     def _fail(self, fault: Fault) -> None:
         self.survey.faults.append(fault)
+        pack_id = parse_pack_name(fault.name)
+        if pack_id is not None and fault.base_id is None:
+            self.survey.damaged_packs.add(pack_id)
         self._done(fault.row)
 
     def _done(self, row: Row) -> None:
@@ -277,44 +272,3 @@ class _Readers:
         if len(self._readers) > _OPEN_READERS_MAX:
             self._readers.popitem(last=False)
         return reader
-
-
-# ---- gaps ----------------------------------------------------------------------------------------------------------
-
-
-def zero_ranges(rows: Sequence[Row], *, id_bytes: int) -> Iterator[tuple[int, int]]:
-    """The (start, stop) of every gap that a writer fills with zeros, up to the table.
-
-    `rows` are in the order of their offsets.
-    """
-    end = HEADER_BYTES
-    for index, row in enumerate(rows):
-        if row.in_run and index and rows[index - 1].in_run and row.offset == end:
-            end += row.stored_bytes  # the next chunk of the same run
-            continue
-        start = aligned(end)
-        yield end, start
-        if row.in_run:
-            yield start + RUN_FIXED_BYTES + _run_length(rows, index) * (id_bytes + CHECKSUM_BYTES), row.offset
-        end = row.offset + row.stored_bytes
-    yield end, aligned(end)
-
-
-def _run_length(rows: Sequence[Row], first: int) -> int:
-    """How many chunks the run has that begins with row `first`."""
-    last = first
-    while last + 1 < len(rows) and rows[last + 1].in_run:
-        if rows[last + 1].offset != rows[last].offset + rows[last].stored_bytes:
-            break
-        last += 1
-    return last + 1 - first
-
-
-def _holds_bytes(reader: RangeReader, start: int, stop: int) -> bool:
-    """Whether a gap is anything but zeros."""
-    if stop - start > PAGE_BYTES:
-        return True
-    try:
-        return stop > start and any(reader.read(start, stop - start))
-    except CastoreError:
-        return True

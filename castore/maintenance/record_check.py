@@ -17,7 +17,7 @@ from itertools import groupby
 
 from castore.backend.base import RangeReader
 from castore.codec.registry import decode_chain
-from castore.errors import CastoreError, ChecksumError
+from castore.errors import CastoreError, ChecksumError, UnsupportedFormatError
 from castore.format.pack import Row
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
@@ -49,6 +49,8 @@ class Fault:
     message: str
     base_id: ChunkId | None = None
     """Set when nothing is wrong but the base that it rests on."""
+    unsupported: bool = False
+    """Set when it needs a newer castore: no damage."""
 
 
 Checked = tuple[Record, Fault | None]
@@ -81,6 +83,14 @@ def check_plain(records: Iterable[Record], hasher: Hasher, threads: Threads) -> 
 def check_deltas(records: Iterable[Record], chunks: ChunkReader, hasher: Hasher, threads: Threads) -> Iterator[Checked]:
     """The same for records with a base, which come sorted by base."""
     return _in_threads(records, lambda batch: list(_check_by_base(batch, chunks, hasher)), threads)
+
+
+def check_record(record: Record, chunks: ChunkReader, hasher: Hasher) -> Fault | None:
+    """Read, decode and hash one record, whatever it rests on; what is wrong with it."""
+    if record.row.base_id is None:
+        return _check(record, hasher)
+    ((_, fault),) = _check_by_base([record], chunks, hasher)
+    return fault
 
 
 def check_stored_only(record: Record) -> Fault | None:
@@ -171,7 +181,8 @@ def _fault(record: Record, read: Callable[[str], object]) -> Fault | None:
         read(where)
     except CastoreError as error:
         message = str(error)
-        return Fault(record.name, record.row, message if message.startswith(where) else f"{where}: {message}")
+        message = message if message.startswith(where) else f"{where}: {message}"
+        return Fault(record.name, record.row, message, unsupported=isinstance(error, UnsupportedFormatError))
     return None
 
 

@@ -12,35 +12,40 @@ payloads a few MiB a thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from castore.backend.base import Backend
-from castore.errors import CastoreError, DamageError, UnknownRefError
+from castore.damage_marks import leave_mark, readable_marks
+from castore.errors import CastoreError, DamageError, UnknownRefError, UsageError
 from castore.format.config import decode_config
 from castore.format.layout import (
     BRANCHES,
     CONFIG,
     GC,
     PACKS,
+    QUARANTINE,
     SNAPSHOTS,
     TAGS,
     check_ref_name,
     decode_ref_name,
     parse_pack_name,
     parse_snapshot_name,
-    snapshot_name,
 )
-from castore.format.manifest import Entry, chunk_bytes
 from castore.format.snapshot import SnapshotRecord
-from castore.ids import ChunkId, PackId, SnapshotId
+from castore.ids import PackId, SnapshotId
 from castore.leases import condemned_packs, list_leases
-from castore.maintenance.losses import report_losses
-from castore.maintenance.manifest_check import check_manifest
-from castore.maintenance.pack_check import check_packs
+from castore.losses import Loss, read_losses
+from castore.maintenance.attribution import report_losses
+from castore.maintenance.needs import NeededChunks
+from castore.maintenance.pack_check import Survey, check_packs
 from castore.maintenance.parts import PartReader
-from castore.maintenance.report import Findings, Problem, VerifyReport, some
+from castore.maintenance.record_check import Fault
+from castore.maintenance.report import Findings, Problem, ScrubCount, VerifyReport, some
+from castore.maintenance.scrub import Memory, load_memory, plan_scrub, remember, scrub
+from castore.maintenance.scrub import count as count_scrubbed
 from castore.marks import (
     Forgotten,
     Mark,
@@ -54,57 +59,174 @@ from castore.marks import (
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, read_branch, read_tag
 from castore.repository import Handle
-from castore.snapshots import read_record, split_ids
+from castore.snapshots import read_record
 from castore.store import list_packs
 
-__all__ = ["Problem", "VerifyReport", "verify"]
+__all__ = ["Examination", "Problem", "VerifyReport", "examine", "verify"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of pack files."""
 
 _EVER_NS = 2**63 - 1
-_NAMED_MAX = 10
-"""Complaints about one manifest that are spelled out; the rest is counted."""
-
 Records = Mapping[SnapshotId, SnapshotRecord]
 
 
-def verify(handle: Handle, *, data: bool = False, progress: Progress | None = None) -> VerifyReport:
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """Everything that a verification learns: what `verify` reports, and what `repair` plans with."""
+
+    findings: Findings
+    refs: Mapping[str, Ref]
+    """File name → ref, of those that can be read."""
+    records: Records
+    """Newest first."""
+    unreadable: frozenset[SnapshotId]
+    marks: Marks
+    parts: PartReader
+    needs: NeededChunks
+    survey: Survey
+    losses: Mapping[SnapshotId, Loss]
+    """What earlier repairs marked as lost."""
+    damaged_losses: Collection[str]
+    """Files of such marks that cannot be read."""
+    pack_ids: tuple[PackId, ...]
+    scrub: ScrubCount | None
+
+
+def verify(
+    handle: Handle,
+    *,
+    data: bool = False,
+    max_duration_s: float | None = None,
+    max_age_s: float | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
     """Check everything; with `data` also read, decode and hash every record of every pack.
 
-    Takes no lease and writes nothing but the index cache. Raises only what is no damage: StorageError when
-    the repository's directory itself cannot be listed.
+    `max_duration_s` or `max_age_s` make it incremental: packs are read, those first that were not read for longest,
+    until the time is up, and those left out that were found whole within that age. The structure is checked in full.
+
+    Takes no lease and writes nothing but the cache, and marks beside packs that are damaged, so that later saves store
+    again what is in them. Raises only what is no damage: StorageError when the repository's directory itself cannot be
+    listed, UsageError.
     """
-    findings = Findings()
+    found = examine(handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
+    findings = found.findings
+    _check_gc(handle, findings)
+    _note_leftovers(handle, findings)
+    _note_losses(found)
+    _leave_marks(handle, found.survey)
+    return VerifyReport(
+        tuple(findings.problems),
+        len(found.records) + len(found.unreadable),
+        found.survey.pack_count,
+        len(found.needs.lengths),
+        found.survey.checked_bytes,
+        data or found.scrub is not None,
+        _orphans(found.refs, found.records, found.marks, findings),
+        tuple(findings.notes),
+        findings.damaged,
+        findings.lost,
+        found.scrub,
+    )
+
+
+def examine(
+    handle: Handle,
+    *,
+    data: bool,
+    max_duration_s: float | None = None,
+    max_age_s: float | None = None,
+    progress: Progress | None = None,
+) -> Examination:
+    """Check all but what is neither snapshot nor pack. As `verify`."""
+    for name, value in (("max_duration_s", max_duration_s), ("max_age_s", max_age_s)):
+        if value is not None and not value >= 0:
+            raise UsageError(f"{name}: expected seconds of at least 0, found {value}")
+    losses, damaged_losses = read_losses(handle.backend)
+    findings = Findings(losses)
+    for name, error in damaged_losses.items():
+        findings.problem("mark", name, f"{error}; `castore repair` finds out again what is lost")
     _check_config(handle, findings)
     refs = _read_refs(handle, findings)
     marks = _read_marks(handle, findings)
     records, unreadable = _read_snapshots(handle, findings, refs, marks)
     _check_heads(refs, records.keys() | unreadable, findings)
     parts = PartReader(handle)
-    needs = _Needs(handle, parts, findings, marks.thinnings)
+    needs = NeededChunks(handle, parts, findings, marks.thinnings)
     for snapshot_id, record in records.items():
         needs.add(snapshot_id, record)
     needs.report()
-    pack_ids, total_bytes = _list_packs(handle, findings)
-    survey = check_packs(handle, pack_ids, needs.lengths, findings, data=data, advance=_meter(progress, total_bytes))
+    sizes = _list_packs(handle, findings)
+    pack_ids = tuple(sorted(sizes))
+    if max_duration_s is None and max_age_s is None:
+        survey = check_packs(
+            handle, pack_ids, needs.lengths, findings, data=data, advance=Meter(progress, sum(sizes.values())).advance
+        )
+        count = None
+        if data:
+            _remember(handle, set(pack_ids) - survey.damaged_packs, survey.damaged_packs, pack_ids)
+    else:
+        begun_s = time.monotonic()
+
+        def more() -> bool:
+            return max_duration_s is None or time.monotonic() - begun_s < max_duration_s
+
+        plan = plan_scrub(sizes, load_memory(handle.backend), now_ns=handle.clock(), max_age_s=max_age_s)
+        meter = Meter(progress, sum(sizes[pack_id] for pack_id in plan.order))
+        scrubbed = scrub(handle, plan.order, findings, more=more, advance=lambda pack: meter.advance(sizes[pack]))
+        survey = check_packs(
+            handle, pack_ids, needs.lengths, findings, data=False, advance=lambda _: None, known=scrubbed.faults
+        )
+        survey.checked_bytes = scrubbed.checked_bytes
+        survey.damaged_packs |= scrubbed.damaged
+        memory = _remember(handle, scrubbed.whole, scrubbed.damaged, pack_ids)
+        count = count_scrubbed(plan, scrubbed, memory)
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
     report_losses(
         parts, snapshots, needs.lengths, survey, findings, explained=needs.reported, thinnings=marks.thinnings
     )
-    _check_gc(handle, findings)
-    _note_leftovers(handle, findings)
-    return VerifyReport(
-        tuple(findings.problems),
-        len(records) + len(unreadable),
-        survey.pack_count,
-        len(needs.lengths),
-        survey.checked_bytes,
-        data,
-        _orphans(refs, records, marks, findings),
-        tuple(findings.notes),
-        findings.damaged,
+    return Examination(
+        findings,
+        refs,
+        records,
+        frozenset(unreadable),
+        marks,
+        parts,
+        needs,
+        survey,
+        losses,
+        tuple(damaged_losses),
+        pack_ids,
+        count,
     )
+
+
+def _remember(
+    handle: Handle, whole: Collection[PackId], damaged: Collection[PackId], pack_ids: Collection[PackId]
+) -> Memory:
+    return remember(handle.backend, whole=whole, damaged=damaged, there=set(pack_ids), now_ns=handle.clock())
+
+
+def _leave_marks(handle: Handle, survey: Survey) -> None:
+    """So that the next save, of whatever process, stores again what lies in damaged records."""
+    known = {(mark.pack_id, offset) for mark in readable_marks(handle.backend) for offset in mark.offsets}
+    fresh: dict[PackId, list[Fault]] = {}
+    for fault in survey.faults:
+        pack_id = parse_pack_name(fault.name)
+        if pack_id is not None and fault.base_id is None and (pack_id, fault.row.offset) not in known:
+            fresh.setdefault(pack_id, []).append(fault)
+    for pack_id, faults in fresh.items():
+        leave_mark(handle.backend, pack_id, [fault.row.offset for fault in faults], why=faults[0].message)
+
+
+def _note_losses(found: Examination) -> None:
+    lost = dict(found.findings.lost)
+    for snapshot_id in found.losses:
+        if snapshot_id not in lost and snapshot_id not in dict(found.findings.damaged):
+            gone = snapshot_id not in found.records
+            state = "is gone" if gone else "is whole, as far as was checked"
+            found.findings.note(f"lost/{snapshot_id} says that leaves are lost, and the snapshot {state}")
 
 
 # ---- small files -------------------------------------------------------------------------------------------
@@ -150,7 +272,7 @@ def _check_heads(refs: Mapping[str, Ref], there: Collection[SnapshotId], finding
 
 
 def _read_snapshots(
-    handle: Handle, findings: Findings, refs: Mapping[str, Ref], marks: _Marks
+    handle: Handle, findings: Findings, refs: Mapping[str, Ref], marks: Marks
 ) -> tuple[dict[SnapshotId, SnapshotRecord], set[SnapshotId]]:
     """The records, newest first, and the ids of those that cannot be read.
 
@@ -190,18 +312,18 @@ def _read_snapshots(
 
 
 @dataclass(frozen=True, slots=True)
-class _Marks:
+class Marks:
     """The marks that can be read."""
 
     forgotten: Mapping[SnapshotId, Forgotten]
     thinnings: Mapping[SnapshotId, Thinning]
 
 
-def _read_marks(handle: Handle, findings: Findings) -> _Marks:
+def _read_marks(handle: Handle, findings: Findings) -> Marks:
     for name, error in damaged_marks(handle.backend).items():
         advice = "forget, thin or undelete the snapshot again to write it anew; gc refuses to run until then"
         findings.problem("mark", name, f"{error}; {advice}")
-    return _Marks(
+    return Marks(
         _readable(handle, forgotten_ids(handle.backend), read_forgotten),
         _readable(handle, thinned_ids(handle.backend), read_thinning),
     )
@@ -219,7 +341,7 @@ def _readable(
     return found
 
 
-def _orphans(refs: Mapping[str, Ref], records: Records, marks: _Marks, findings: Findings) -> tuple[SnapshotId, ...]:
+def _orphans(refs: Mapping[str, Ref], records: Records, marks: Marks, findings: Findings) -> tuple[SnapshotId, ...]:
     reached: set[SnapshotId] = set()
     pending = [ref.snapshot_id for ref in refs.values()]
     while pending:
@@ -247,6 +369,12 @@ def _note_leftovers(handle: Handle, findings: Findings) -> None:
     if temporaries:
         total = sum(info.size_bytes for info in temporaries)
         findings.note(f"{len(temporaries)} temporary files ({total} bytes): saves in progress, or left by a crash")
+    quarantined = list(handle.backend.list(QUARANTINE))
+    if quarantined:
+        total = sum(info.size_bytes for info in quarantined)
+        findings.note(
+            f"{len(quarantined)} files ({total} bytes) in {QUARANTINE}: put there by repairs, yours to delete"
+        )
     try:
         ended = [lease.name for lease in list_leases(handle.backend) if not lease.held]
     except CastoreError as error:
@@ -256,89 +384,11 @@ def _note_leftovers(handle: Handle, findings: Findings) -> None:
         findings.note(f"{len(ended)} leases that no process of this host holds ({some(ended)})")
 
 
-# ---- manifests ---------------------------------------------------------------------------------------------
-
-
-class _Needs:
-    """Walks manifests, checks them, and collects every chunk that snapshots need."""
-
-    def __init__(
-        self, handle: Handle, parts: PartReader, findings: Findings, thinnings: Mapping[SnapshotId, Thinning]
-    ) -> None:
-        self.lengths: dict[ChunkId, int | None] = {}
-        """Chunk → raw length that the manifests expect; None for parts and id lists."""
-        self.reported: set[ChunkId] = set()
-        """Parts and id lists that `report` names."""
-        self._hasher = handle.hasher
-        self._parts = parts
-        self._findings = findings
-        self._thinnings = thinnings
-        self._collected: set[Hashable] = set()
-        self._lost_parts: dict[ChunkId, tuple[str, list[SnapshotId]]] = {}
-        self._lost_lists: dict[str, dict[SnapshotId, list[str]]] = {}
-
-    def add(self, snapshot_id: SnapshotId, record: SnapshotRecord) -> None:
-        """Check one snapshot's manifest and note what it needs."""
-        where = snapshot_name(snapshot_id)
-        entries: list[Entry] = []
-        whole = True
-        for part_id in record.part_ids:
-            self.lengths.setdefault(part_id, None)
-            part = self._parts.read(part_id)
-            if part.error:
-                self.reported.add(part_id)
-                self._lost_parts.setdefault(part_id, (part.error, []))[1].append(snapshot_id)
-            for path, message in (part.unresolved or {}).items():
-                self._lost_lists.setdefault(message, {}).setdefault(snapshot_id, []).append(path)
-            whole = whole and not part.error and not part.unresolved
-            entries.extend(part.entries)
-        kept = self._parts.kept(record.part_ids, self._thinnings.get(snapshot_id))
-        for (key, part), part_id in zip(kept, record.part_ids, strict=True):
-            if key not in self._collected:
-                self._collected.add(key)
-                self._collect(part.entries, part_id)
-        if whole:
-            complaints = check_manifest(entries, record, self._hasher)
-            if complaints:
-                shown = some((f"{path!r}: {message}" for path, message in complaints), count=_NAMED_MAX)
-                touched = sorted({path for path, _ in complaints if path})
-                self._findings.problem("snapshot", where, f"the manifest is no state: {shown}", {snapshot_id: touched})
-
-    def report(self) -> None:
-        """Name the parts and id lists that cannot be read, each once."""
-        for part_id, (message, snapshot_ids) in self._lost_parts.items():
-            self._findings.problem(
-                "part",
-                PACKS,
-                f"manifest part {part_id.hex()} cannot be read, so its leaves cannot be named: {message}",
-                dict.fromkeys(snapshot_ids, ()),
-            )
-        for message, affected in self._lost_lists.items():
-            self._findings.problem("part", PACKS, f"the chunk ids of a long leaf cannot be read: {message}", affected)
-
-    def _collect(self, entries: Collection[Entry], part_id: ChunkId) -> None:
-        id_bytes = self._hasher.digest_bytes
-        for entry in entries:
-            for list_id in split_ids(entry.id_lists or b"", id_bytes):
-                self.lengths.setdefault(list_id, None)
-                if entry.chunks is None:
-                    self.reported.add(list_id)
-            for index, chunk_id in enumerate(entry.chunk_ids(id_bytes)):
-                expected = chunk_bytes(entry.raw_bytes, index)
-                if self.lengths.setdefault(chunk_id, expected) not in (None, expected):
-                    self._findings.problem(
-                        "part",
-                        PACKS,
-                        f"manifest part {part_id.hex()}, leaf {entry.path!r}: chunk {chunk_id.hex()} is "
-                        f"expected to have {expected} bytes, and {self.lengths[chunk_id]} elsewhere",
-                    )
-
-
 # ---- packs -------------------------------------------------------------------------------------------------
 
 
-def _list_packs(handle: Handle, findings: Findings) -> tuple[list[PackId], int]:
-    """The packs, after the index was brought in line with them, and the bytes of their files."""
+def _list_packs(handle: Handle, findings: Findings) -> dict[PackId, int]:
+    """The packs with the bytes of their files, after the index was brought in line with them."""
     sizes: dict[PackId, int] = {}
     for info in handle.backend.list(PACKS):
         pack_id = parse_pack_name(info.name)
@@ -351,16 +401,18 @@ def _list_packs(handle: Handle, findings: Findings) -> tuple[list[PackId], int]:
     except CastoreError as error:
         findings.problem("index", PACKS, f"the packs cannot be indexed: {error}")
         listing = list_packs(handle.backend)
-    return sorted(listing), sum(sizes.get(pack_id, 0) for pack_id in listing)
+    return {pack_id: sizes.get(pack_id, 0) for pack_id in listing}
 
 
-def _meter(progress: Progress | None, total_bytes: int) -> Callable[[int], None]:
-    done = 0
+class Meter:
+    """Turns bytes into progress."""
 
-    def advance(count_bytes: int) -> None:
-        nonlocal done
-        done = min(total_bytes, done + count_bytes)
-        if progress is not None:
-            progress(done, total_bytes)
+    def __init__(self, progress: Progress | None, total_bytes: int) -> None:
+        self._progress = progress
+        self._total_bytes = total_bytes
+        self._done_bytes = 0
 
-    return advance
+    def advance(self, count_bytes: int) -> None:
+        self._done_bytes = min(self._total_bytes, self._done_bytes + count_bytes)
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._total_bytes)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -624,3 +625,23 @@ def test_a_lock_that_is_held_too_long_is_an_error(tmp_path: Path, children: list
     with pytest.raises(StorageError, match=r"\.lock: another process has held the lock for 0.05 s"):
         backend.compare_and_swap("refs/main", expected=None, new=b"1")
     assert time.monotonic() - started < 5
+
+
+def test_a_power_cut_during_a_move_leaves_the_file_under_one_name_or_both(tmp_path: Path) -> None:
+    at = 0
+    while True:
+        disk = PowerLossOs(make(tmp_path / str(at)))
+        with disk.installed():
+            backend = LocalBackend(disk.base / "store")
+            backend.put_if_absent("packs/ab/x.pack", b"content")
+            disk.at = len(disk.calls) + at
+            with suppress(SimulatedCrash):
+                backend.move("packs/ab/x.pack", "quarantine/1/packs/ab/x.pack")
+        for unsynced in UNSYNCED:
+            found = [data for name, data in disk.survivors(unsynced=unsynced).items() if name.endswith("x.pack")]
+            assert set(found) == {b"content"}, (at, unsynced)
+        if not disk.crashed:
+            assert len(found) == 1
+            break
+        at += 1
+    assert at > 5

@@ -107,6 +107,8 @@ class BackendSuite:
             lambda: backend.stat(name),
             lambda: backend.compare_and_swap(name, expected=None, new=b""),
             lambda: backend.claim(name, b""),
+            lambda: backend.move(name, "free"),
+            lambda: backend.move("free", name),
             lambda: backend.local_path(name),
         ):
             with pytest.raises(UsageError, match="no name for a file"):
@@ -261,6 +263,18 @@ class BackendSuite:
         assert backend.delete("x/y") is False
         assert backend.delete("nowhere/y") is False
         assert backend.put_if_absent("x/y", b"again") is True
+
+    def test_a_file_moves_whole_and_replaces_nothing(self, backend: Backend) -> None:
+        backend.put_if_absent("packs/ab/x", b"content")
+        assert backend.move("packs/ab/x", "quarantine/1/packs/ab/x") is True
+        assert backend.move("packs/ab/x", "quarantine/2/x") is False
+        assert names(backend) == ["quarantine/1/packs/ab/x"]
+        assert backend.read("quarantine/1/packs/ab/x", max_bytes=99) == b"content"
+        backend.put_if_absent("other", b"other")
+        with pytest.raises(StorageError):
+            backend.move("other", "quarantine/1/packs/ab/x")
+        assert names(backend) == ["other", "quarantine/1/packs/ab/x"]
+        assert list(backend.temporaries(modified_before_ns=1 << 62)) == []
 
     # ---- compare_and_swap ----------------------------------------------------------------------------------
 

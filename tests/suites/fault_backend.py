@@ -63,7 +63,7 @@ CACHE_PREFIX = "cache/"
 
 WRITING_OPERATIONS = frozenset(
     {"put_if_absent", "create_stream", "write", "flush_hint", "commit", "abort"}
-    | {"delete", "compare_and_swap", "claim", "release"}
+    | {"delete", "move", "compare_and_swap", "claim", "release"}
 )
 
 
@@ -200,6 +200,15 @@ class FaultBackend:
             if deleted:
                 call.effects[name] = None
         return deleted
+
+    def move(self, name: str, new_name: str) -> bool:
+        with self._call("move", name) as call:
+            size_bytes = found.size_bytes if (found := self.inner.stat(name)) else 0
+            content = self.inner.read(name, max_bytes=size_bytes) if found else b""
+            moved = self.inner.move(name, new_name)
+            if moved:
+                call.effects |= {new_name: content, name: None}
+        return moved
 
     def compare_and_swap(self, name: str, *, expected: bytes | None, new: bytes | None) -> bool:
         with self._call("compare_and_swap", name) as call:

@@ -34,10 +34,15 @@ def report_losses(
             continue
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
-            findings.problem("record", fault.name, fault.message, affected)
+            findings.problem("record", fault.name, fault.message, affected, chunks=[chunk_id], offset=fault.row.offset)
+            continue
+        why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
+        message = f"{fault.message}; nothing is lost: {why}"
+        if fault.base_id is not None and fault.base_id not in survey.depths:
+            # Left over where a chunk was saved again and the base of its older record collected: as it must be.
+            findings.note(f"{fault.name}: {message}")
         else:
-            why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
-            findings.problem("record", fault.name, f"{fault.message}; nothing is lost: {why}")
+            findings.problem("record", fault.name, message, chunks=[chunk_id], offset=fault.row.offset)
     recorded = {fault.row.chunk_id for fault in survey.faults}
     _report_absent(sorted(touched.lost - recorded - set(explained)), touched, findings)
     for fault in survey.faults:
@@ -45,7 +50,7 @@ def report_losses(
         if touched.goes_with_base(fault) and fault.row.chunk_id not in touched.named:
             affected = touched.by(fault.row.chunk_id)
             if affected:
-                findings.problem("record", fault.name, fault.message, affected)
+                findings.loss("record", fault.name, fault.message, affected, chunks=[fault.row.chunk_id])
 
 
 class _Touched:
@@ -103,11 +108,12 @@ def _report_absent(chunk_ids: Collection[ChunkId], touched: _Touched, findings: 
             leaves.setdefault(key, {}).setdefault(snapshot_id, set()).update(paths)
     for key, absent in groups.items():
         if key:
-            findings.problem(
+            findings.loss(
                 "chunk",
                 PACKS,
                 f"{len(absent)} chunks that {len(key)} snapshots need are in no pack (expected "
                 f"{some(chunk_id.hex() for chunk_id in absent)}): a pack was removed, cut short or damaged; restore it "
-                "from a copy and run `castore reindex`",
+                "from a copy and run `castore reindex`, or let `castore repair` look for their content elsewhere",
                 leaves[key],
+                chunks=absent,
             )

@@ -1,0 +1,217 @@
+"""Carry a repair out, in an order that loses nothing wherever it is cut off.
+
+    new packs (salvaged records, healed chunks), durable → index → `why` → damaged packs and files to quarantine
+    → marks of what is lost → marks that are stale → refs, on request → index, where it was at fault
+
+Every record that reads right is in a new pack before its old one moves, needed or not, so no saver that relied on the
+old one can lose by it: its own check after publishing finds the pack gone, and writes again from memory. Collectors
+are kept out: two copies of a chunk, the older to be moved by us and the newer to be deleted by them, would be none.
+Nothing is deleted; a repair that was cut off is simply run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from castore.chunk_writer import ChunkWriter
+from castore.codec.base import Elements
+from castore.errors import NoSpaceError, NotFoundError, UnsupportedFormatError
+from castore.format.layout import new_quarantine, pack_name, snapshot_name
+from castore.format.textfile import encode_text_file
+from castore.ids import ChunkId, PackId, SnapshotId
+from castore.leases import writer_lease
+from castore.losses import delete_loss, write_loss
+from castore.maintenance.repair.plan import RefOffer, RepairPlan, SetAside, plan_repair
+from castore.maintenance.repair.salvage import write_salvage
+from castore.maintenance.repair.sources import ChunkSource, ReadRaw
+from castore.maintenance.verify import examine
+from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
+from castore.refs import replace_ref_file
+from castore.repository import Handle
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) of the packs that are examined."""
+
+_ROUNDS_MAX = 3
+"""A healed manifest part names chunks that nobody could know of; a healed id list more of them; then all is known."""
+_HEALED = Elements(4, is_float=True)
+"""The element type of a lost chunk is not known here, and nearly all state is fp32."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairReport:
+    """What a repair planned, and what it did."""
+
+    plan: RepairPlan
+    """Of the first round; of a dry run, all there is."""
+    acted: bool
+    quarantine: str
+    """The folder that took what was damaged, a name within the repository; empty when nothing had to move."""
+    new_packs: tuple[PackId, ...]
+    healed_count: int
+    """Chunks that were written again."""
+    losses: Mapping[SnapshotId, tuple[str, ...]]
+    """Every snapshot that is marked as lossy, with the leaves that are lost; none: a part of its manifest is."""
+    moved_refs: Mapping[str, SnapshotId | None]
+    """File of a ref → where it points now; None: the tag went to quarantine."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "acted": self.acted,
+            "plan": self.plan.to_json(),
+            "quarantine": self.quarantine,
+            "new_packs": list(self.new_packs),
+            "healed_count": self.healed_count,
+            "losses": {snapshot_id: list(leaves) for snapshot_id, leaves in self.losses.items()},
+            "moved_refs": dict(self.moved_refs),
+        }
+
+
+def repair(
+    handle: Handle,
+    sources: Sequence[ChunkSource] = (),
+    *,
+    dry_run: bool = False,
+    fix_refs: bool = False,
+    progress: Progress | None = None,
+) -> RepairReport:
+    """Examine every byte, plan, and unless `dry_run` act. Blocks for as long as `verify(data=True)` takes, and more.
+
+    `fix_refs` moves branches that name nothing readable to the snapshot that the plan offers, and puts such tags into
+    quarantine. Raises LeaseError when a collector is at work, NoSpaceError before anything is written when what must be
+    copied does not fit, StorageError.
+    """
+    if dry_run:
+        plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
+        return _report(plan, plan, _Done(), acted=False)
+    handle.config.check_features("write", where=handle.backend.location)
+    with _alone(handle):
+        done = _Done()
+        first = plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
+        _execute(handle, plan, sources, done)
+        for _ in range(_ROUNDS_MAX - 1):
+            if not plan.heals and not plan.restores:
+                break
+            plan = plan_repair(handle, examine(handle, data=True), sources)
+            _execute(handle, plan, sources, done)
+        if fix_refs:
+            for offer in plan.refs:
+                _fix_ref(handle, offer, done)
+    return _report(first, plan, done, acted=True)
+
+
+@contextmanager
+def _alone(handle: Handle) -> Iterator[None]:
+    """A writer lease."""
+    with writer_lease(handle.backend, purpose="repair", now_ns=handle.clock()):
+        yield
+
+
+class _Done:
+    """What was done so far."""
+
+    def __init__(self) -> None:
+        self.quarantine = ""
+        self.new_packs: list[PackId] = []
+        self.healed_count = 0
+        self.moved_refs: dict[str, SnapshotId | None] = {}
+
+
+def _report(first: RepairPlan, last: RepairPlan, done: _Done, *, acted: bool) -> RepairReport:
+    losses = {loss.snapshot_id: loss.leaves for loss in last.losses}
+    new_packs = tuple(done.new_packs)
+    return RepairReport(first, acted, done.quarantine, new_packs, done.healed_count, losses, done.moved_refs)
+
+
+def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done) -> None:
+    _check_space(handle, plan)
+    _heal(handle, plan, sources, done)
+    aside = list(plan.set_aside)
+    for salvage in plan.salvages:
+        sealed = write_salvage(handle, salvage)
+        if sealed is not None:
+            handle.store.add({sealed.pack_id: sealed.rows})
+            done.new_packs.append(sealed.pack_id)
+        aside.append(SetAside(pack_name(salvage.pack_id), salvage.reason))
+    restored = [(file, handle.backend.read(file.name, max_bytes=SNAPSHOT_BYTES_MAX)) for file in plan.restores]
+    if aside:
+        _quarantine(handle, aside, done)
+        handle.store.refresh()
+    for file, data in restored:
+        handle.backend.put_if_absent(snapshot_name(file.snapshot_id), data)
+    for loss in plan.new_losses:
+        write_loss(handle.backend, loss)
+    for snapshot_id in plan.healed:
+        delete_loss(handle.backend, snapshot_id)
+    for name in plan.stale_marks:
+        handle.backend.delete(name)
+    if plan.rebuild_index:
+        with suppress(UnsupportedFormatError):  # a pack of a newer castore, which the plan has named
+            handle.store.rebuild()
+    handle.store.forget_damage()
+
+
+def _check_space(handle: Handle, plan: RepairPlan) -> None:
+    free_bytes = handle.backend.free_bytes()
+    if free_bytes is not None and plan.copied_bytes > free_bytes:
+        raise NoSpaceError(
+            f"{handle.backend.location}: repair copies {plan.copied_bytes} bytes out of damaged packs, and "
+            f"{free_bytes} are free; make space (an older quarantine/ is yours to delete) and run it again"
+        )
+
+
+def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done) -> None:
+    """Write chunks again, each by itself."""
+    if not plan.heals:
+        return
+    readers: dict[ChunkId, ReadRaw] = {}
+    for number, source in enumerate(sources):
+        readers.update(source.find([heal.chunk_id for heal in plan.heals if heal.source == number]))
+    writer = ChunkWriter(
+        handle.backend,
+        handle.hasher,
+        handle.config.repository_id,
+        compression=handle.config.options.compression,
+        now_ns=handle.clock(),
+    )
+    try:
+        for heal in plan.heals:
+            if heal.chunk_id in readers:
+                raw = bytes(readers[heal.chunk_id]())
+                writer.put_bytes(heal.chunk_id, raw, kind=heal.kind, elements=_HEALED)
+                done.healed_count += 1
+        sealed = writer.finish()
+    except BaseException:
+        writer.abort()
+        raise
+    handle.store.add({pack.pack_id: pack.rows for pack in sealed})
+    done.new_packs += [pack.pack_id for pack in sealed]
+
+
+def _quarantine(handle: Handle, aside: Sequence[SetAside], done: _Done) -> None:
+    """Move files out of the way; what for is written down first."""
+    folder = new_quarantine()
+    why = {file.name: file.reason[:1000] for file in aside[:500]}
+    handle.backend.put_if_absent(f"{folder}why", encode_text_file({"time_ns": handle.clock(), "files": why}))
+    for file in aside:
+        handle.backend.move(file.name, folder + file.name)
+    done.quarantine = done.quarantine or folder
+
+
+def _fix_ref(handle: Handle, offer: RefOffer, done: _Done) -> None:
+    """Keep a copy of the file, and point the branch to what is offered."""
+    backend = handle.backend
+    try:
+        old = backend.read(offer.file_name, max_bytes=TEXT_FILE_BYTES_MAX)
+    except NotFoundError:
+        return
+    if offer.is_branch and offer.offered is None:
+        return
+    backend.put_if_absent(new_quarantine() + offer.file_name, old)
+    now_ns = handle.clock()
+    if replace_ref_file(backend, offer.file_name, offer.name, expected=old, new_id=offer.offered, now_ns=now_ns):
+        done.moved_refs[offer.file_name] = offer.offered
