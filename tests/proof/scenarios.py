@@ -12,9 +12,11 @@ from functools import cache
 from typing import Any
 
 from castore.api import Repository
+from castore.backend import MemoryBackend
 from castore.errors import LeaseError, NotFoundError, RefError, SnapshotGoneError, UnknownRefError
+from tests.checkpoint.repositories import create_on
 from tests.checkpoint.states import assert_same
-from tests.proof.operations import forget
+from tests.proof.operations import forget, undelete
 from tests.proof.scheduler import Choose, Killed, Scheduler
 from tests.proof.world import GRACE_S, History, World, new_history, quiet_world, run_in
 
@@ -34,6 +36,8 @@ class Past:
     forgotten: str
     main: tuple[str, ...]
     """Snapshots of main, oldest first, without the forgotten one."""
+    elsewhere: Repository
+    """Another repository, which has the orphan on a branch. Nothing happens to it."""
 
 
 @cache
@@ -45,11 +49,13 @@ def past() -> Past:
         second = world.save(repo, 2)
         third = world.save(repo, 3)
         lost = world.save(repo, LOST_STEP, branch="lost", parent="main")
+        elsewhere = create_on(MemoryBackend("elsewhere:"))
+        repo.push(elsewhere, ["lost"])
         repo.delete_branch("lost")
         world.owed -= {lost, first}
         forget(repo, [first])
         world.clock.sleep(2 * GRACE_S)
-    return Past(history, lost, first, (second, third))
+    return Past(history, lost, first, (second, third), elsewhere)
 
 
 Program = Callable[[], object]
@@ -193,6 +199,37 @@ def _read_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
     }
 
 
+def _verify_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    repo = world.open("verifier")
+
+    def program() -> None:
+        report = repo.verify(data=True)
+        assert report.ok, f"nothing is damaged, and verify says: {report.problems}"
+
+    return {"verifier": program, "gc": collector(world, "gc")}
+
+
+def _undelete_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    repo = world.open("undeleter")
+
+    def program() -> None:
+        undelete(repo, [found.forgotten])
+        world.owed.add(found.forgotten)
+
+    return {"undeleter": program, "gc": collector(world, "gc")}
+
+
+def _push_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
+    """What is going here comes back from a repository that has it."""
+    here = world.open("pusher")
+
+    def program() -> None:
+        found.elsewhere.push(here, ["lost:again"])
+        world.owed.add(found.lost)
+
+    return {"pusher": program, "gc": collector(world, "gc")}
+
+
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
@@ -205,9 +242,14 @@ SCENARIOS = {
         Scenario("two collectors", _two_collectors),
         Scenario("forget", _forget_beside_gc),
         Scenario("readers", _read_beside_gc),
+        Scenario("verify", _verify_beside_gc),
+        Scenario("undelete of what is going", _undelete_beside_gc),
+        Scenario("push of what is going", _push_beside_gc),
         Scenario("far: save of what is going", _save_beside_gc, frozenset({"saver"})),
         Scenario("far: differences from what is going", _save_on_the_lost, frozenset({"saver"})),
         Scenario("far: branch at what is going", _branch_beside_gc, frozenset({"brancher"})),
+        Scenario("far: undelete of what is going", _undelete_beside_gc, frozenset({"undeleter"})),
+        Scenario("far: push of what is going", _push_beside_gc, frozenset({"pusher"})),
         Scenario("far: two collectors", _two_collectors, frozenset({"saver", "gc"})),
     )
 }

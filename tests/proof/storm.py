@@ -137,6 +137,8 @@ def verify_for_ever(path: Path, report: Report) -> None:
                     # The branch moved on, and what it named was forgotten: nobody promised it any more.
                     now = {found.name: found.snapshot_id for found in repo.branches()}
                     assert now.get(ref.name) != ref.snapshot_id, f"the head of {ref.name} is gone"
+            found = repo.verify(data=True)
+            assert found.ok, found.problems
             report("looked")
 
 
