@@ -4,7 +4,7 @@
     scheduler.run()
 
 An actor announces each step with `scheduler.point(…)` and waits there until it is chosen. By default the actor that
-ran goes on until it ends, then the next in order begins; a schedule lists where that is departed from:
+ran goes on until it ends, or waits (`sleepers_yield`), then the next goes on; a schedule lists departures from that:
 
     Turn(17, "gc")             at choice 17, gc goes on in place of whoever ran
     Turn(30, "save", "kill")   at choice 30, save dies where it stands: nothing of its code runs any more
@@ -92,6 +92,7 @@ class Scheduler:
         choose: Choose,
         *,
         on_end: Callable[[str], None] = lambda name: None,
+        sleepers_yield: bool = True,
         steps_max: int = 20_000,
     ) -> None:
         self.actors = {name: Actor(name, program) for name, program in programs.items()}
@@ -99,6 +100,7 @@ class Scheduler:
         self.turns: list[Turn] = []
         self._choose = choose
         self._on_end = on_end
+        self._sleepers_yield = sleepers_yield
         self._steps_max = steps_max
         self._back = threading.Semaphore(0)
 
@@ -110,10 +112,10 @@ class Scheduler:
         ]
         for thread in threads:
             thread.start()
-        current: str | None = None
+        current = None
         while ready := [name for name, actor in self.actors.items() if not actor.ended]:
             assert len(self.steps) < self._steps_max, f"no end: the last steps are {self.steps[-12:]}"
-            default = current if current in ready else ready[0]
+            default = self._default(current, ready)
             name, action = self._choose(len(self.steps), default, ready)
             actor = self.actors[name]
             if action == "kill" or name != default:
@@ -122,11 +124,20 @@ class Scheduler:
             self.steps.append(Step(tuple(ready), name, actor.label))
             actor.go.release()
             self._back.acquire()
-            current = name
+            current: str | None = name
             if actor.ended:
                 self._on_end(name)
         for thread in threads:
             thread.join()
+
+    def _default(self, current: str | None, ready: Sequence[str]) -> str:
+        """Who goes on if nobody chooses."""
+        if current not in ready:
+            return ready[0]
+        assert current is not None
+        if self._sleepers_yield and self.actors[current].label.startswith("sleep"):
+            return ready[(ready.index(current) + 1) % len(ready)]
+        return current
 
     def point(self, name: str, label: str) -> None:
         """Called by the actor before each step: wait to be chosen."""
@@ -197,7 +208,7 @@ def explore(run: Run, *, turns_max: int, kills_max: int = 0, runs_max: int | Non
         runs += 1
         if len(schedule) < turns_max:
             kills = sum(turn.action == "kill" for turn in schedule)
-            pending += list(_departures(schedule, scheduler.steps, may_kill=kills < kills_max))
+            pending += reversed(list(_departures(schedule, scheduler.steps, may_kill=kills < kills_max)))
     return runs
 
 

@@ -48,11 +48,11 @@ _UNNOTICED = frozenset({"stat", "read_range", "read_into", "write", "flush_hint"
 def small_state(step: int, *, like: int | None = None) -> State:
     """A state of a few chunks: some shared by all steps, some of this step alone, some a little different each time.
 
-    `like` gives the content of another step.
+    `like` gives the content of another step. Steps below 50 drift from one start, those from 50 on from another.
     """
     seed = step if like is None else like
     generator = np.random.default_rng(seed)
-    drifting = np.random.default_rng(1).standard_normal(400).astype(np.float32)
+    drifting = np.random.default_rng(1 + seed // 50).standard_normal(400).astype(np.float32)
     return {
         "shared": np.random.default_rng(0).integers(0, 256, 600, np.uint8),
         "own": generator.integers(0, 256, 700, np.uint8),
@@ -128,6 +128,10 @@ class World:
         handle._store = ChunkStore(backend, ActorIndex(self, actor, shared), hasher_for(config.options.hash))  # type: ignore[arg-type]
         return Repository(backend.location, handle)
 
+    @property
+    def has_far_actors(self) -> bool:
+        return bool(self._far)
+
     def host_of_this_thread(self) -> str:
         """The host that the running actor is on."""
         return self._hosts.get(threading.current_thread().name.removeprefix("actor-"), HOST)
@@ -186,10 +190,13 @@ class World:
         repo = self._fresh()
         self.backend._held.clear()  # every process has ended
         self.clock.sleep(2 * GRACE_S)
-        self.collect(repo)
+        try:
+            self.collect(repo)
+        except CastoreError as error:
+            raise AssertionError(f"LOST: no collection is possible any more: {error}") from error
         self.check(refs=True)
         report = repo.verify(data=True)
-        assert report.ok, report.problems
+        assert report.ok, f"LOST: {report.problems}"
 
     def _fresh(self) -> Repository:
         config = decode_config(self.backend.read(CONFIG, max_bytes=1 << 20), where=CONFIG)
@@ -322,7 +329,12 @@ def installed(world: World) -> Iterator[None]:
 def run_in(world: World, programs: Mapping[str, Callable[[], object]], choose: Choose) -> Scheduler:
     """Run the actors to their end; the world is checked whenever one ends. Foreign errors are raised."""
     with installed(world):
-        scheduler = Scheduler(programs, choose, on_end=lambda _: world.check(refs=False))
+        scheduler = Scheduler(
+            programs,
+            choose,
+            on_end=lambda _: world.check(refs=False),
+            sleepers_yield=not world.has_far_actors,  # else who waits for the far should see their leases expire
+        )
         world.scheduler = scheduler
         try:
             scheduler.run()
