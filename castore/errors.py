@@ -37,6 +37,7 @@ CastoreError
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
 
 CastoreWarning                     (a UserWarning)
+├── LowSpaceWarning                the save may not fit the disk
 ├── SkippedSnapshotWarning         a snapshot could not be loaded, and an older one was
 ├── SlowSaveWarning                saves are asked for faster than they can be written
 ├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
@@ -296,6 +297,10 @@ class NotFoundError(StorageError, FileNotFoundError):
 
 class CastoreWarning(UserWarning):
     """Base of everything that castore warns of."""
+
+
+class LowSpaceWarning(CastoreWarning):
+    """What a save is about to write may not fit the free space."""
 
 
 class SkippedSnapshotWarning(CastoreWarning):

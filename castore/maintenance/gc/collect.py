@@ -32,7 +32,7 @@ from castore.errors import UsageError
 from castore.format.layout import drain_name, orphan_name, snapshot_name, thin_name
 from castore.ids import PackId, SnapshotId
 from castore.leases import Condemned, LeaseInfo, condemn, read_condemned
-from castore.maintenance.gc.claim import collector_claim, restore_reserve, with_reserve
+from castore.maintenance.gc.claim import collector_claim, with_reserve
 from castore.maintenance.gc.litter import (
     remove_dead_leases,
     remove_marks,
@@ -45,7 +45,7 @@ from castore.maintenance.gc.survey import Progress, Survey
 from castore.maintenance.gc.sweep import Sweeper, Swept
 from castore.maintenance.gc.writers import Watch, older_leases
 from castore.options import COLLECT_SPACE_BYTES_MIN, REPACK_BELOW, REPACK_BYTES_MAX
-from castore.repository import Handle
+from castore.repository import Handle, make_reserve
 from castore.store import pack_sizes
 
 _PINNED_SHOWN_MAX = 10
@@ -144,7 +144,7 @@ class _Collection:
             self._remove_files(drained)
         litter = self._clean(survey)
         self._explain(survey, plan, swept, waiting)
-        restore_reserve(self._backend)
+        make_reserve(self._backend)
         return self._report(survey, swept, litter)
 
     def _condemn(self, survey: Survey, plan: PackPlan) -> None:
@@ -288,6 +288,7 @@ def _account(survey: Survey, *, gone: Collection[PackId]) -> dict[str, Any]:
         "wasted_bytes": sum(state.wasted_bytes for state in states if state.pack_id not in gone),
         "snapshot_count": len(survey.roots.live),
         "chunk_count": ledger.live_count,
+        "ledger_bytes": ledger.nbytes,
     }
 
 

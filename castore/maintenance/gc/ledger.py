@@ -247,6 +247,10 @@ class Ledger:
         owners = owner[chunk[pinned]]
         return {int(found): int(sizes[owners == found].sum()) for found in np.unique(owners)}
 
+    def kept_by_pack(self) -> npt.NDArray[np.int64]:
+        """By pack: kept records."""
+        return np.bincount(self._pack.values[self._kept.values], minlength=len(self.packs))
+
     def by_pack(self, *, pinned: bool = False) -> npt.NDArray[np.int64]:
         """By pack: bytes of kept records; with `pinned` only of those that nothing but differences needs."""
         chosen = self._kept.values.copy()

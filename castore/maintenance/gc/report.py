@@ -60,6 +60,8 @@ class GcReport:
     """Live ones."""
     chunk_count: int
     """Distinct live chunks, bases included."""
+    ledger_bytes: int
+    """Memory that the marks took."""
     notes: tuple[str, ...]
     """What else is worth knowing: litter that was removed, history that is missing, damage."""
 

@@ -63,10 +63,10 @@ class Survey:
 
     def pack_states(self) -> list[PackState]:
         """Every pack that is not condemned yet."""
-        live = self.ledger.by_pack().tolist()
+        live, kept = self.ledger.by_pack().tolist(), self.ledger.kept_by_pack().tolist()
         return [
-            PackState(pack.pack_id, pack.pack_bytes, live_bytes, self._untouchable(pack))
-            for pack, live_bytes in zip(self.ledger.packs, live, strict=True)
+            PackState(pack.pack_id, pack.pack_bytes, live_bytes, pack.row_count - kept_count, self._untouchable(pack))
+            for pack, live_bytes, kept_count in zip(self.ledger.packs, live, kept, strict=True)
             if pack.pack_id not in self._condemned
         ]
 
