@@ -28,7 +28,6 @@ def report_losses(
     Chunks in `explained` were named before. A record that lacks nothing but its base goes with the base.
     """
     touched = _Touched(parts, snapshots, needs, survey, thinnings)
-    baseless = 0
     for fault in survey.faults:
         chunk_id = fault.row.chunk_id
         if touched.goes_with_base(fault):

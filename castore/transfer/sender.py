@@ -169,8 +169,8 @@ class Sender:
             try:
                 self.target.store.check(location)
                 self._sound[location] = True
-            except CastoreError:
-                self.target.store.mark_bad(location.pack_id, location.row)
+            except CastoreError as error:
+                self.target.store.mark_bad(location.pack_id, location.row, why=str(error))
                 self._sound[location] = False
         return self._sound[location]
 
