@@ -14,8 +14,10 @@ from typing import Any
 
 import castore
 from castore.api import Repository
+from castore.format.layout import pack_name
 from castore.index import MemoryIndex
 from tests.checkpoint.crashes import refs_of
+from tests.checkpoint.damage import places_of
 from tests.checkpoint.states import State, assert_same, training_state
 from tests.proof.journal import IndexCommit, Mark, Operation, Recorder
 from tests.proof.left_behind import LeftBackend, Tables, open_left
@@ -38,6 +40,8 @@ class Owed:
     """Snapshots that were reported durable and not forgotten."""
     thinned: frozenset[str] = frozenset()
     """Those of which only the rest is owed."""
+    rotten: frozenset[str] = frozenset()
+    """Those that the disk has damaged, until they are repaired from a state that somebody still has."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Story:
         self.repos: dict[str, Repository] = {}
         self._whole: dict[str, set[str]] = {}
         self._thinned: dict[str, set[str]] = {}
+        self.rotten: set[str] = set()
 
     def clock(self) -> int:
         """A clock that nothing but the story moves on."""
@@ -115,7 +120,12 @@ class Story:
 
     def _mark(self, doing: str) -> None:
         owed = {
-            name: Owed(refs_of(repo.handle.backend), frozenset(self._whole[name]), frozenset(self._thinned[name]))
+            name: Owed(
+                refs_of(repo.handle.backend),
+                frozenset(self._whole[name]),
+                frozenset(self._thinned[name]),
+                frozenset(self.rotten) if name == STORE else frozenset(),
+            )
             for name, repo in self.repos.items()
         }
         self.recorder.mark(Promise(doing, owed, self.now_ns))
@@ -179,6 +189,23 @@ def _collect(story: Story, repo: Repository) -> None:
     collect(repo)
 
 
+def _rot(step: int) -> Chapter:
+    def chapter(story: Story, repo: Repository) -> None:
+        """A bit of a chunk that this snapshot alone needs."""
+        ((pack_id, row),) = places_of(repo, story.ids[step], "model/moving")
+        path = repo.handle.backend.local_path(pack_name(pack_id))
+        assert path is not None
+        story.recorder.rot(path, row.offset + row.stored_bytes // 2)
+        story.rotten = {story.ids[step]}
+
+    return chapter
+
+
+def _repair(story: Story, repo: Repository) -> None:
+    repo.repair(sources=[story.states[snapshot_id] for snapshot_id in story.rotten])
+    story.rotten = set()
+
+
 def _push(story: Story, repo: Repository) -> None:
     repo.push(story.repos[OTHER], ["main", "kept"])
     story.owes(*(found.id for found in story.repos[OTHER].log("main")), repository=OTHER)
@@ -205,6 +232,8 @@ CHAPTERS: Mapping[str, Chapter] = {
     "push of the rest": _push,
     "gc that repacks": _collect,
     "gc without work": _collect,
+    "bit rot": _rot(6),
+    "repair": _repair,
 }
 
 
@@ -271,7 +300,10 @@ class Examiner:
             assert refs.get(name) in expected, f"{name} is at {refs.get(name)}, expected one of {expected}"
         thinned = (before.thinned | after.thinned) & (before.whole | before.thinned) & (after.whole | after.thinned)
         whole = ((before.whole & after.whole) | set(refs.values())) - thinned
-        self._load(left, whole, thinned)
+        rotten = before.rotten | after.rotten
+        self._load(left, whole - rotten, thinned)
+        if rotten:
+            left.repair(sources=[self._states[snapshot_id] for snapshot_id in rotten])
         collect(left)
         report = left.verify(data=True)
         assert report.ok, report.problems

@@ -85,6 +85,14 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
+class Rot:
+    """A byte on the disk changes by itself."""
+
+    node: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class IndexCommit:
     """The index of one repository was changed."""
 
@@ -102,7 +110,7 @@ class Mark:
     value: Any
 
 
-Operation = Enter | Leave | Move | Write | Sync | IndexCommit | Mark
+Operation = Enter | Leave | Move | Write | Sync | Rot | IndexCommit | Mark
 EntryOperation = Enter | Leave | Move
 
 
@@ -134,6 +142,13 @@ class Recorder:
         """Write down that everything so far was reported, and what must hold now."""
         with self._lock:
             self.journal.append(Mark(value))
+
+    def rot(self, path: Path, offset: int) -> None:
+        """Let a byte of a synced file rot."""
+        with self._lock:
+            data = path.read_bytes()
+            path.write_bytes(_rotten(data, offset))
+            self.journal.append(Rot(self._names[self._known(str(path))], offset))
 
     # ---- the system calls ----------------------------------------------------------------------------------
 
@@ -180,6 +195,8 @@ class Recorder:
     def link(self, source: str, target: str) -> None:
         with self._lock:
             os.link(source, target)
+            if self._relative(target) is None:
+                return
             self._enter(self._known(target), self._names[self._known(source)])
 
     def unlink(self, path: str) -> None:
@@ -195,6 +212,8 @@ class Recorder:
     def rename(self, source: str, target: str) -> None:
         with self._lock:
             os.rename(source, target)
+            if self._relative(target) is None:
+                return
             old, new = self._known(source), self._known(target)
             node = self._names.pop(old)
             self._names[new] = node
@@ -349,6 +368,9 @@ class Disk:
                 directory = self.directories[operation.node]
                 directory.certain = self._names(directory, frozenset())
                 directory.pending = []
+            case Rot():
+                file = self.files[operation.node]
+                file.certain = _rotten(file.certain, operation.offset)
             case IndexCommit():
                 self.indexes.setdefault(operation.repository, []).append(operation)
 
@@ -414,3 +436,7 @@ class Disk:
                     names.pop(source, None)
                     names[target] = node
         return names
+
+
+def _rotten(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
