@@ -21,7 +21,9 @@ from tests.checkpoint.damage import places_of
 from tests.checkpoint.states import State, assert_same, training_state
 from tests.proof.journal import IndexCommit, Mark, Operation, Recorder
 from tests.proof.left_behind import LeftBackend, Tables, open_left
+from tests.proof.one_thread import one_thread
 from tests.proof.operations import collect, forget, thin, undelete
+from tests.proof.scheduler import Clock
 
 STORE, OTHER = "store", "other"
 GRACE_S = 600.0
@@ -42,6 +44,10 @@ class Owed:
     """Those of which only the rest is owed."""
     rotten: frozenset[str] = frozenset()
     """Those that the disk has damaged, until they are repaired from a state that somebody still has."""
+
+    def key(self) -> object:
+        """Two that are equal owe the same."""
+        return frozenset(self.refs.items()), self.whole, self.thinned, self.rotten
 
 
 @dataclass(frozen=True)
@@ -261,6 +267,8 @@ class Examiner:
     def __init__(self, states: Mapping[str, State]) -> None:
         self._states = states
         self._tables = Tables()
+        self._found_whole: set[object] = set()
+        """Repositories that were examined: most calls change one of them and leave the other as it was."""
 
     def examine(
         self,
@@ -273,14 +281,13 @@ class Examiner:
     ) -> None:
         """Every repository opens without repair; what is owed loads; gc runs; verify is clean; what is owed loads."""
         for name in before.owed:
-            self._examine(
-                files_of_repository(files, name),
-                indexes.get(name),
-                before.owed[name],
-                after.owed[name],
-                after.now_ns,
-                saves=saves,
-            )
+            left, index = files_of_repository(files, name), indexes.get(name)
+            was, becomes = before.owed[name], after.owed[name]
+            key = (name, hash(frozenset(left.items())), index.packs if index else None, was.key(), becomes.key())
+            if key not in self._found_whole:
+                with one_thread():
+                    self._examine(left, index, was, becomes, after.now_ns, saves=saves)
+                self._found_whole.add(key)
 
     def _examine(
         self,
@@ -304,7 +311,7 @@ class Examiner:
         self._load(left, whole - rotten, thinned)
         if rotten:
             left.repair(sources=[self._states[snapshot_id] for snapshot_id in rotten])
-        collect(left)
+        self._collect(left)
         report = left.verify(data=True)
         assert report.ok, report.problems
         again = open_left(backend, self._tables.index_of(()), clock=lambda: now_ns + LATER_NS)
@@ -312,6 +319,11 @@ class Examiner:
         if saves:
             snapshot = again.save(_small(9), branch="next", step=9)
             assert_same(left.load(snapshot.id), _small(9))
+
+    def _collect(self, repo: Repository) -> None:
+        """By a clock that only waiting moves: nobody is there to wait for."""
+        clock = Clock()
+        collect(repo, monotonic_s=clock.monotonic, sleep=clock.sleep)
 
     def _load(self, repo: Repository, whole: set[str] | frozenset[str], thinned: frozenset[str]) -> None:
         for snapshot_id in sorted(whole):

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -34,6 +33,7 @@ from castore.store import ChunkStore
 from tests.checkpoint.crashes import refs_of
 from tests.checkpoint.repositories import create_on
 from tests.checkpoint.states import State, assert_same
+from tests.proof.one_thread import one_thread
 from tests.proof.operations import collect
 from tests.proof.scheduler import Choose, Clock, Killed, Scheduler
 
@@ -58,33 +58,6 @@ def small_state(step: int, *, like: int | None = None) -> State:
         "own": generator.integers(0, 256, 700, np.uint8),
         "drifting": drifting * np.float32(1 + 1e-5 * seed),
     }
-
-
-class InlineExecutor:
-    """Runs what is submitted at once, in the thread of the actor."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def submit(self, function: Callable[..., Any], *args: Any, **options: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **options))
-        except Exception as error:  # noqa: BLE001  the future's to raise
-            future.set_exception(error)
-        return future
-
-    def map(self, function: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-        return map(function, *arguments)
-
-    def shutdown(self, *_: object, **__: object) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 @dataclass
@@ -317,9 +290,7 @@ def quiet_world(history: History) -> Iterator[tuple[World, Repository]]:
 def installed(world: World) -> Iterator[None]:
     """The product runs in this world: one thread an actor, its host, and the one clock."""
     with (
-        mock.patch("castore.chunk_writer.ThreadPoolExecutor", InlineExecutor),
-        mock.patch("castore.maintenance.record_check.ThreadPoolExecutor", InlineExecutor),
-        mock.patch("castore.checkpoint.fetch.worker_count", return_value=1),
+        one_thread(),
         mock.patch("castore.leases.socket.gethostname", world.host_of_this_thread),
         mock.patch("castore.leases.boot_id", world.host_of_this_thread),
     ):
