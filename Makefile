@@ -6,11 +6,12 @@ BIN    := $(VENV)/bin
 # castore itself is a path given to pip, so that its sources are used in place
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test storm lint format bench clean
 
 help:
 	@echo "make demo    kill a fine-tuning run in the middle of a save, and resume it bit for bit (3 minutes)"
 	@echo "make test    linters, types, layers, tests"
+	@echo "make storm   the proofs at length: crashes, interleavings, processes killed for minutes (an hour or so)"
 	@echo "make lint    all of that but the tests"
 	@echo "make format  rewrite the sources in the one format"
 	@echo "make bench   measure castore and its peers, and write bench/RESULTS.md"
@@ -21,6 +22,9 @@ demo: $(VENV)/.demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+storm: $(VENV)/.dev
+	CASTORE_TEST_PROFILE=thorough $(BIN)/python -m pytest tests/proof tests/checkpoint/test_kill.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

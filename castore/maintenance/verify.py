@@ -68,6 +68,8 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of pack files."""
 
 _EVER_NS = 2**63 - 1
+_LOOKS_MAX = 8
+"""At a repository whose packs are being collected all the while; then what looks damaged is reported all the same."""
 Records = Mapping[SnapshotId, SnapshotRecord]
 
 
@@ -107,10 +109,13 @@ def verify(
     until the time is up, and those left out that were found whole within that age. The structure is checked in full.
 
     Takes no lease and writes nothing but the cache, and marks beside packs that are damaged, so that later saves store
-    again what is in them. Raises only what is no damage: StorageError when the repository's directory itself cannot be
-    listed, UsageError.
+    again what is in them. Looks again when packs went while it looked, as they do beside a collection. Raises only what
+    is no damage: StorageError when the repository's directory itself cannot be listed, UsageError.
     """
-    found = examine(handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress)
+    found = _settled(
+        handle,
+        lambda: examine(handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress),
+    )
     findings = found.findings
     _check_gc(handle, findings)
     _note_leftovers(handle, findings)
@@ -129,6 +134,18 @@ def verify(
         findings.lost,
         found.scrub,
     )
+
+
+def _settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
+    """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone."""
+    looks = 0
+    while True:
+        before = list_packs(handle.backend)
+        found = look()
+        looks += 1
+        stayed = before | set(found.pack_ids) <= list_packs(handle.backend)
+        if stayed or not found.findings.problems or looks == _LOOKS_MAX:
+            return found
 
 
 def examine(
@@ -211,10 +228,11 @@ def _remember(
 def _leave_marks(handle: Handle, survey: Survey) -> None:
     """So that the next save, of whatever process, stores again what lies in damaged records."""
     known = {(mark.pack_id, offset) for mark in readable_marks(handle.backend) for offset in mark.offsets}
+    standing = list_packs(handle.backend)
     fresh: dict[PackId, list[Fault]] = {}
     for fault in survey.faults:
         pack_id = parse_pack_name(fault.name)
-        if pack_id is not None and not fault.base_ids and (pack_id, fault.row.offset) not in known:
+        if pack_id in standing and not fault.base_ids and (pack_id, fault.row.offset) not in known:
             fresh.setdefault(pack_id, []).append(fault)
     for pack_id, faults in fresh.items():
         leave_mark(handle.backend, pack_id, [fault.row.offset for fault in faults], why=faults[0].message)
