@@ -472,6 +472,7 @@ class Repository:
         auto: bool = False,
         repack_below: float = REPACK_BELOW,
         repack_bytes_max: int = REPACK_BYTES_MAX,
+        target_bytes: int | None = None,
         wait_s: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Any:
@@ -484,6 +485,8 @@ class Repository:
                 (`apply_policy` has a dry run of its own).
             repack_below: packs of which a smaller share is live are rewritten; 0 only deletes packs in which nothing is
                 live. repack_bytes_max: what one collection copies at most.
+            target_bytes: until the packs take no more than that, forget snapshots which the stored policy does not
+                keep, the oldest first; what is impossible is pending in the report.
             wait_s: how long to wait for saves that began before; what they hold up is left to the next collection. By
                 default the lease length of the repository.
             progress: called with (what is being done, done, in all).
@@ -493,6 +496,7 @@ class Repository:
         DamageError, having freed nothing, when a ref, snapshot or manifest cannot be read.
         """
         from castore.maintenance.gc.collect import GcRequest, collect
+        from castore.maintenance.gc.target import collect_to_target
         from castore.maintenance.policy import apply_policy, collection_is_due, note_collected
 
         self._settle()
@@ -501,7 +505,11 @@ class Repository:
             apply_policy(self._handle)
         if auto and not collection_is_due(self._handle):
             return None
-        report = collect(self._handle, request, progress=progress or (lambda *_: None))
+        shown = progress or (lambda *_: None)
+        if target_bytes is None:
+            report = collect(self._handle, request, progress=shown)
+        else:
+            report = collect_to_target(self._handle, request, target_bytes=target_bytes, progress=shown)
         if auto and not dry_run:
             note_collected(self._handle)
         return report

@@ -26,6 +26,7 @@ _SNAPSHOTS_SHOWN_MAX = 20
 castore gc --dry-run            say what would be freed
 castore gc                      free it, beside running saves
 castore gc --auto               apply the stored policy, then free what there is: for cron
+castore gc --target-bytes 50000000000
 castore gc --wait 0             do not wait for saves: the next gc goes on
 castore gc --repack-below 1     rewrite every pack that holds a dead byte
 castore gc --json | jq .pending
@@ -50,6 +51,12 @@ castore gc --json | jq .pending
     help="Copy at most this much; the next gc goes on.",
 )
 @click.option(
+    "--target-bytes",
+    type=click.IntRange(min=0),
+    metavar="BYTES",
+    help="Forget what the stored policy does not keep, oldest first, until the packs take no more than this.",
+)
+@click.option(
     "--wait",
     "wait_s",
     type=click.FloatRange(min=0),
@@ -57,7 +64,14 @@ castore gc --json | jq .pending
     help="How long to wait for saves that began before. Default: the lease length of the repository.",
 )
 def gc_command(
-    app: App, *, dry_run: bool, auto: bool, repack_below: float, max_repack_bytes: int, wait_s: float | None
+    app: App,
+    *,
+    dry_run: bool,
+    auto: bool,
+    repack_below: float,
+    max_repack_bytes: int,
+    target_bytes: int | None,
+    wait_s: float | None,
 ) -> int | None:
     """Free what no branch, tag or young orphan needs any more: snapshots that were forgotten or lost their refs, and
     the chunks that only they held.
@@ -71,6 +85,7 @@ def gc_command(
             auto=auto,
             repack_below=repack_below,
             repack_bytes_max=max_repack_bytes,
+            target_bytes=target_bytes,
             wait_s=wait_s,
             progress=progress,
         )

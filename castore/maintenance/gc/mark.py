@@ -14,7 +14,7 @@ from castore.errors import DamageError, FormatError
 from castore.format.manifest import Entry, Kind, decode_part, part_references
 from castore.format.pack_columns import as_words
 from castore.format.snapshot import SnapshotRecord
-from castore.ids import ChunkId, SnapshotId
+from castore.ids import Buffer, ChunkId, SnapshotId
 from castore.maintenance.chunks import ChunkReader
 from castore.maintenance.gc.ledger import Ledger
 from castore.marks import Thinning, keeps_chunks, needed_paths
@@ -69,8 +69,9 @@ class Marker:
         owner = len(self.snapshots)
         self.snapshots.append(snapshot_id)
         if thinning is None:
-            for part_id in self._unwalked(record.part_ids):
-                self._note(*self._read(part_id))
+            fresh = self._unwalked(record.part_ids)
+            for part_id, raw in zip(fresh, self._chunks.get_many(fresh), strict=True):
+                self._note(*self._named(part_id, raw))
         else:
             self._add_thinned(record.part_ids, thinning)
         self._note(b"".join(record.part_ids))
@@ -82,10 +83,10 @@ class Marker:
         fresh = self._ledger.walk(self._ledger.chunks(as_words(b"".join(distinct), self._id_bytes)))
         return [distinct[place] for place in np.flatnonzero(fresh)]
 
-    def _read(self, part_id: ChunkId) -> list[bytes]:
+    def _named(self, part_id: ChunkId, raw: Buffer) -> list[bytes]:
         """Ids that a part names, those of its id lists and what these name included."""
         where = f"manifest part {part_id.hex()}"
-        chunks, id_lists = part_references(self._chunks.get(part_id), id_bytes=self._id_bytes, where=where)
+        chunks, id_lists = part_references(raw, id_bytes=self._id_bytes, where=where)
         lists = [bytes(self._chunks.get(list_id)) for list_id in split_ids(id_lists, self._id_bytes)]
         if any(len(ids) % self._id_bytes for ids in lists):
             raise FormatError(f"{where}: expected id lists of whole ids")
