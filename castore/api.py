@@ -140,7 +140,7 @@ class Repository:
         self._settle()
         request = SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         snapshot = save(self._handle, state, request, progress=progress)
-        self._apply_policy_when_due()
+        self._apply_policy_when_due(snapshot)
         return self._bound(snapshot)
 
     def save_async(
@@ -728,7 +728,7 @@ class Repository:
 
         def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
             snapshot = save_flat(self._handle, staged.flat, request, progress=progress, staged=True)
-            self._apply_policy_when_due()
+            self._apply_policy_when_due(snapshot)
             return self._bound(snapshot)
 
         if self._pid != os.getpid():  # a thread of the parent may have held it
@@ -739,13 +739,13 @@ class Repository:
                 wait_at_exit(self._saver)
             return self._saver
 
-    def _apply_policy_when_due(self) -> None:
+    def _apply_policy_when_due(self, snapshot: Snapshot) -> None:
         """After a save, which is durable by now: nothing that goes wrong here may look like its failure."""
-        if self._handle.backend.stat(POLICY) is None:
-            return
-        from castore.maintenance.policy import PolicyCounter, apply_policy
-
         try:
+            if self._handle.backend.stat(POLICY) is None:
+                return
+            from castore.maintenance.policy import PolicyCounter, apply_policy
+
             if self._policy_counter is None:
                 self._policy_counter = PolicyCounter()
             if self._policy_counter.is_due(self._handle.backend):
@@ -754,6 +754,9 @@ class Repository:
             warnings.warn(
                 f"the save is durable, but the stored policy could not be applied: {error}", PolicyWarning, stacklevel=3
             )
+        except BaseException as error:
+            error.add_note(f"branch {snapshot.branch!r} has moved to the new snapshot {snapshot.id[:12]}")
+            raise
 
     def _settle(self) -> None:
         """Let background saves end, so that what follows continues from them; raise what went wrong."""
