@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from castore.errors import DamageError, RepositoryExistsError, RepositoryNotFoundError, UsageError
+from castore.errors import (
+    CastoreError,
+    DamageError,
+    PolicyWarning,
+    RepositoryExistsError,
+    RepositoryNotFoundError,
+    UsageError,
+)
+from castore.format.layout import POLICY
 from castore.ids import SnapshotId
 from castore.marks import forgotten_ids, read_thinning, thinned_ids
 from castore.options import REPACK_BELOW, REPACK_BYTES_MAX, Compression, HashName, RepositoryOptions
@@ -29,8 +39,12 @@ if TYPE_CHECKING:
     from castore.checkpoint.background import BackgroundSaver, PendingSave
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
+    from castore.checkpoint.undelete import ForgottenSnapshot, UndeleteReport
     from castore.checkpoint.valid import ValidState
-    from castore.maintenance.retention import Duration
+    from castore.maintenance.forget import ForgetReport
+    from castore.maintenance.policy import Policy, PolicyCounter, PolicyReport
+    from castore.maintenance.retention import Duration, Keep
+    from castore.maintenance.thin import ThinReport
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -45,6 +59,7 @@ class Repository:
         self._handle = handle
         self._saver: BackgroundSaver | None = None
         self._saver_lock = threading.Lock()
+        self._policy_counter: PolicyCounter | None = None
         self._pid = os.getpid()
 
     # ---- the life of the object --------------------------------------------------------------------------------
@@ -123,6 +138,7 @@ class Repository:
         self._settle()
         request = SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         snapshot = save(self._handle, state, request, progress=progress)
+        self._apply_policy_when_due()
         return self._bound(snapshot)
 
     def save_async(
@@ -363,6 +379,123 @@ class Repository:
 
         remove_tag(self._handle, name)
 
+    # ---- retention -----------------------------------------------------------------------------------------------
+
+    def forget(
+        self,
+        keep: Keep | None = None,
+        *,
+        ids: Sequence[str | Snapshot] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> ForgetReport:
+        """Forget the snapshots that no rule of `keep` keeps, or those that `ids` name; frees nothing until gc runs.
+
+            repo.forget(castore.Keep(last=3, every=1000, within="7d", best=("val_loss", "min", 2)))
+            repo.forget(ids=["3f2a81c0", "main@1200"])
+
+        A branch's head and every tagged snapshot stay. History goes on behind what was forgotten: `log`, `main~3` and
+        `main@1200` pass over it. `ids` takes any ref, also of a snapshot that cannot be read; its parents are then
+        inferred, so that its ancestors are not lost with it. A crash leaves some of them forgotten. `undelete` brings
+        them back while gc has not freed them. Blocks for about one sync to disk for each dropped snapshot.
+
+        Raises UsageError (neither or both; a head or a tagged snapshot among `ids`), UnknownRefError, DamageError.
+        """
+        from castore.maintenance.forget import forget_by_policy, forget_named
+
+        if (keep is None) == (ids is None):
+            raise UsageError("forget: give either what to keep, as castore.Keep(last=3), or ids")
+        if keep is not None:
+            return forget_by_policy(self._handle, keep, dry_run=dry_run, progress=progress)
+        assert ids is not None
+        return forget_named(self._handle, ids, dry_run=dry_run)
+
+    def thin(
+        self,
+        globs: Sequence[str],
+        *,
+        older_than: int | str | timedelta | None = None,
+        ids: Sequence[str | Snapshot] | None = None,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+    ) -> ThinReport:
+        """Keep snapshots but drop the leaves that match: full state for the newest few, weights for the rest.
+
+            repo.thin(["optimizer/**"], older_than=20)
+
+        `older_than` counts snapshots along each branch, forgotten ones left out: with 20 the newest 20 stay whole. Or
+        it is a duration before the newest of the branch: "7d", a timedelta. Heads and tagged snapshots stay whole
+        unless `ids` names them. The snapshot, its id, its state id and its refs stay;
+        loading a dropped leaf raises ThinnedError, `load(paths=…)` of the rest works. Frees nothing until gc runs;
+        until then `undelete` makes a snapshot whole again.
+
+        Raises UsageError, PathNotFoundError (the globs match nothing in any of the snapshots), DamageError.
+        """
+        from castore.maintenance.thin import thin_named, thin_old
+
+        if (older_than is None) == (ids is None):
+            raise UsageError("thin: give either older_than, such as 20 (snapshots) or '7d', or ids")
+        if older_than is not None:
+            return thin_old(self._handle, globs, older_than=older_than, dry_run=dry_run, progress=progress)
+        assert ids is not None
+        return thin_named(self._handle, globs, ids, dry_run=dry_run)
+
+    def forgotten(self) -> list[ForgottenSnapshot]:
+        """What was forgotten, the last first: what `undelete` may bring back, and tombstones of what gc has freed."""
+        from castore.checkpoint.undelete import list_forgotten
+
+        return list_forgotten(self._handle)
+
+    def undelete(self, ids: Sequence[str | Snapshot] | None = None) -> UndeleteReport:
+        """Bring forgotten snapshots back, or make thinned ones whole; None: every forgotten one that is still there.
+
+        Each goes one step back: a snapshot that is forgotten and thinned is remembered first, as thin as it is. One
+        that no branch or tag reaches is an orphan again, whose grace period starts now.
+
+        Raises SnapshotGoneError when gc has freed what a named one needs, UnknownRefError, UsageError (it is neither).
+        """
+        from castore.checkpoint.undelete import undelete
+
+        return undelete(self._handle, ids)
+
+    def policy(self) -> Policy | None:
+        """The policy stored in the repository, None when there is none. Raises DamageError."""
+        from castore.maintenance.policy import read_policy
+
+        return read_policy(self._handle.backend)
+
+    def set_policy(
+        self,
+        keep: Keep | None = None,
+        *,
+        thin: Sequence[str] = (),
+        older_than: int | str | timedelta | None = None,
+        every_saves: int | None = None,
+    ) -> Policy:
+        """Store what `forget` and `thin` shall do by themselves: `castore gc --auto` applies it, and with
+        `every_saves=n` so does every n-th save, whoever makes it.
+
+        After a save it is applied once the save is durable; should that fail, a PolicyWarning says so. Frees nothing:
+        gc does. Raises UsageError for a policy that does nothing.
+        """
+        from castore.maintenance.policy import make_policy, write_policy
+
+        policy = make_policy(keep, thin=thin, older_than=older_than, every_saves=every_saves)
+        write_policy(self._handle, policy)
+        return policy
+
+    def clear_policy(self) -> bool:
+        """Remove the stored policy, also a damaged one; False when there was none."""
+        from castore.maintenance.policy import clear_policy
+
+        return clear_policy(self._handle)
+
+    def apply_policy(self, *, dry_run: bool = False, progress: Progress | None = None) -> PolicyReport | None:
+        """Forget and thin by the stored policy now; None when there is none."""
+        from castore.maintenance.policy import apply_policy
+
+        return apply_policy(self._handle, dry_run=dry_run, progress=progress)
+
     # ---- maintenance ---------------------------------------------------------------------------------------------
 
     def verify(
@@ -435,8 +568,10 @@ class Repository:
         self,
         dry_run: bool = False,  # noqa: FBT001, FBT002  repo.gc(True) reads as what it is
         *,
+        auto: bool = False,
         repack_below: float = REPACK_BELOW,
         repack_bytes_max: int = REPACK_BYTES_MAX,
+        target_bytes: int | None = None,
         wait_s: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Any:
@@ -444,8 +579,13 @@ class Repository:
 
         Args:
             dry_run: say what would be freed, and change nothing.
+            auto: apply the stored policy first, then collect only when listings say that there is something to free,
+                and once a day; else return None. Cheap enough for every minute. With `dry_run` the policy is left alone
+                (`apply_policy` has a dry run of its own).
             repack_below: packs of which a smaller share is live are rewritten; 0 only deletes packs in which nothing is
                 live. repack_bytes_max: what one collection copies at most.
+            target_bytes: until the packs take no more than that, forget snapshots which the stored policy does not
+                keep, the oldest first; what is impossible is pending in the report.
             wait_s: how long to wait for saves that began before; what they hold up is left to the next collection. By
                 default the lease length of the repository.
             progress: called with (what is being done, done, in all).
@@ -455,10 +595,23 @@ class Repository:
         DamageError, having freed nothing, when a ref, snapshot or manifest cannot be read.
         """
         from castore.maintenance.gc.collect import GcRequest, collect
+        from castore.maintenance.gc.target import collect_to_target
+        from castore.maintenance.policy import apply_policy, collection_is_due, note_collected
 
         self._settle()
         request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
-        return collect(self._handle, request, progress=progress or (lambda *_: None))
+        if auto and not dry_run:
+            apply_policy(self._handle)
+        if auto and not collection_is_due(self._handle):
+            return None
+        shown = progress or (lambda *_: None)
+        if target_bytes is None:
+            report = collect(self._handle, request, progress=shown)
+        else:
+            report = collect_to_target(self._handle, request, target_bytes=target_bytes, progress=shown)
+        if auto and not dry_run:
+            note_collected(self._handle)
+        return report
 
     def reindex(self, *, progress: Progress | None = None) -> Any:
         """Build the index again from the packs."""
@@ -474,7 +627,9 @@ class Repository:
         from castore.checkpoint.save import save_flat
 
         def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
-            return self._bound(save_flat(self._handle, staged.flat, request, progress=progress, staged=True))
+            snapshot = save_flat(self._handle, staged.flat, request, progress=progress, staged=True)
+            self._apply_policy_when_due()
+            return self._bound(snapshot)
 
         if self._pid != os.getpid():  # a thread of the parent may have held it
             self._saver_lock, self._pid = threading.Lock(), os.getpid()
@@ -483,6 +638,22 @@ class Repository:
                 self._saver = BackgroundSaver(carry)
                 wait_at_exit(self._saver)
             return self._saver
+
+    def _apply_policy_when_due(self) -> None:
+        """After a save, which is durable by now: nothing that goes wrong here may look like its failure."""
+        if self._handle.backend.stat(POLICY) is None:
+            return
+        from castore.maintenance.policy import PolicyCounter, apply_policy
+
+        try:
+            if self._policy_counter is None:
+                self._policy_counter = PolicyCounter()
+            if self._policy_counter.is_due(self._handle.backend):
+                apply_policy(self._handle)
+        except CastoreError as error:
+            warnings.warn(
+                f"the save is durable, but the stored policy could not be applied: {error}", PolicyWarning, stacklevel=3
+            )
 
     def _settle(self) -> None:
         """Let background saves end, so that what follows continues from them; raise what went wrong."""

@@ -5,7 +5,7 @@ as can be read is decoded; what is wrong stands in "problems". Ids are hex. The 
 
     pack        header, trailer, records (from the table, else from a scan) and gaps
     snapshot    every field of the record
-    text files  config, branch, tag, lease, condemned set, marks, the reasons of a quarantine: their fields
+    text files  config, branch, tag, lease, condemned set, marks, policy, the reasons of a quarantine: their fields
     lock        empty, and so is all that can be said
     scrub       what was verified when: named only
     index       the LMDB file and its guard are named only; `castore reindex` builds them again
@@ -354,6 +354,7 @@ def _text_kind(fields: Mapping[str, Any], where: str) -> str:
         ("loss", {"snapshot", "leaves", "parts"}),
         ("damage mark", {"pack", "offsets"}),
         ("quarantine", {"files", "time_ns"}),
+        ("policy", {"keep", "thin", "every_saves"}),
     ):
         if keys <= fields.keys():
             return kind

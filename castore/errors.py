@@ -36,6 +36,7 @@ CastoreError
 
 CastoreWarning                     (a UserWarning)
 ├── SkippedSnapshotWarning         a snapshot could not be loaded, and an older one was
+├── LowSpaceWarning                the save may not fit the disk
 ├── SlowSaveWarning                saves are asked for faster than they can be written
 ├── PolicyWarning                  the stored policy could not be applied after a save, which is safe itself
 └── StaleSaveWarning               the step moved, but no tensor changed
@@ -275,6 +276,10 @@ class CastoreWarning(UserWarning):
 
 class SkippedSnapshotWarning(CastoreWarning):
     """A snapshot was asked for that cannot be loaded whole, and an older one was loaded in its place."""
+
+
+class LowSpaceWarning(CastoreWarning):
+    """What a save is about to write may not fit the free space."""
 
 
 class StaleSaveWarning(CastoreWarning):

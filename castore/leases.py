@@ -8,7 +8,8 @@ Condemnation is irrevocable: nobody deduplicates into a condemned pack or takes 
 condemned snapshot a root again. A condemned file goes when everything that it names has gone, but for the snapshots
 and packs that turned out to be needed.
 
-Lease file (textfile.py):       {"boot": str, "host": str, "pid": int, "purpose": str, "started_ns": int}
+Lease file (textfile.py):       {"boot": str, "host": str, "pid": int, "purpose": str, "started_ns": int}; while the
+                                holder works also "beat": int, which counts up
 Condemned file (textfile.py):   {"condemned_ns": int, "packs": [pack id, …], "snapshots": [snapshot id, …]}
 """
 
@@ -16,18 +17,23 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from castore.backend.base import Backend
+from castore.backend.base import Backend, Claim
 from castore.errors import CastoreError, DamageError, FormatError, NotFoundError, SnapshotGoneError
 from castore.format.layout import GC, LEASES, is_condemned_name, new_condemned_name, new_lease_name
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
 from castore.ids import PackId, RandomBytes, SnapshotId
-from castore.options import TEXT_FILE_BYTES_MAX
+from castore.options import TEXT_FILE_BYTES_MAX, RepositoryOptions
+
+LEASE_S = RepositoryOptions().lease_s
+BEATS_PER_LEASE = 4
+"""Signs of life in a lease length: three may be late before anybody takes the holder for dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +68,45 @@ class Condemned:
     condemned_ns: int
 
 
+class WriterLease:
+    """A lease that is held, and its sign of life for other hosts, whose kernels know nothing of our locks."""
+
+    def __init__(
+        self, claim: Claim, *, purpose: str, now_ns: int, lease_s: float, monotonic_s: Callable[[], float]
+    ) -> None:
+        self._claim = claim
+        self._purpose = purpose
+        self._now_ns = now_ns
+        self._every_s = lease_s / BEATS_PER_LEASE
+        self._monotonic_s = monotonic_s
+        self._last_s = monotonic_s()
+        self._count = 0
+
+    def beat(self) -> None:
+        """Say that we live, when it is time to. Cheap: call it at every step of long work. From any thread."""
+        now_s = self._monotonic_s()
+        if now_s - self._last_s < self._every_s:
+            return
+        self._last_s = now_s
+        self._count += 1
+        # Taken for dead, a writer heals itself by its check after publishing: no reason to fail here.
+        with suppress(CastoreError):
+            self._claim.renew(claim_text(self._purpose, self._now_ns, beat=self._count))
+
+
 @contextmanager
-def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[None]:
+def writer_lease(
+    backend: Backend,
+    *,
+    purpose: str,
+    now_ns: int,
+    lease_s: float = LEASE_S,
+    monotonic_s: Callable[[], float] = time.monotonic,
+) -> Iterator[WriterLease]:
     """Hold a writer lease for the block. Raises LeaseError or StorageError when it cannot be taken."""
     claim = backend.claim(new_lease_name(), claim_text(purpose, now_ns))
     try:
-        yield
+        yield WriterLease(claim, purpose=purpose, now_ns=now_ns, lease_s=lease_s, monotonic_s=monotonic_s)
     finally:
         # An error here is none of the caller's: the lock is let go whether or not the file could be removed, so that
         # it looks like that of a dead process, which gc removes.
@@ -75,17 +114,16 @@ def writer_lease(backend: Backend, *, purpose: str, now_ns: int) -> Iterator[Non
             claim.release()
 
 
-def claim_text(purpose: str, now_ns: int) -> bytes:
-    """What a claim of this process says."""
-    return encode_text_file(
-        {
-            "purpose": purpose,
-            "host": socket.gethostname(),
-            "boot": boot_id(),
-            "pid": os.getpid(),
-            "started_ns": now_ns,
-        }
-    )
+def claim_text(purpose: str, now_ns: int, *, beat: int = 0) -> bytes:
+    """What a claim of this process says; `beat` counts its signs of life."""
+    fields = {
+        "purpose": purpose,
+        "host": socket.gethostname(),
+        "boot": boot_id(),
+        "pid": os.getpid(),
+        "started_ns": now_ns,
+    }
+    return encode_text_file(fields | ({"beat": beat} if beat else {}))
 
 
 def list_leases(backend: Backend) -> list[LeaseInfo]:
@@ -138,13 +176,18 @@ def condemned_packs(backend: Backend) -> frozenset[PackId]:
     return frozenset[PackId]().union(*(condemned.packs for condemned in read_condemned(backend)))
 
 
+def is_condemned(backend: Backend, snapshot_id: SnapshotId) -> bool:
+    """Whether a collector is about to remove the snapshot. Raises DamageError."""
+    return any(snapshot_id in condemned.snapshots for condemned in read_condemned(backend))
+
+
 def check_not_condemned(backend: Backend, snapshot_id: SnapshotId) -> None:
     """Raise SnapshotGoneError when a collector is about to remove the snapshot: it must not become a root again.
 
     Whoever makes it one looks before, so that a crash leaves no ref to what is going, and again after, for a collector
     that condemned it in between.
     """
-    if any(snapshot_id in condemned.snapshots for condemned in read_condemned(backend)):
+    if is_condemned(backend, snapshot_id):
         raise SnapshotGoneError(
             f"snapshot {snapshot_id[:12]} is being collected: no branch or tag reached it, or it was forgotten; it "
             "cannot be brought back any more"

@@ -1,9 +1,10 @@
 """Marks: small files beside snapshots that say what became of them. The snapshot itself never changes.
 
-    forgotten/<id>   {"branch": str, "forgotten_ns": int, "parents": [snapshot id, …], "reason": str,
+    forgotten/<id>   {"branch": str, "count": int, "forgotten_ns": int, "parents": [snapshot id, …], "reason": str,
                       "step": int or null, "time_ns": int}
         The snapshot is no root any more. When gc has removed the snapshot file, the marker stays as a tombstone as
-        long as a kept snapshot descends from it, so that history goes on behind the gap.
+        long as a snapshot names it as its parent, so that history goes on behind the gap; gc draws tombstones in a row
+        together into one, whose count says how many snapshots it stands for.
     thin/<id>        {"dropped": [glob, …], "thinned_ns": int}
         The leaves whose paths match a glob are dropped from a snapshot that is kept. Its manifest stays whole, with all
         of its id lists: the digest of every dropped leaf can still be proven against the state id.
@@ -15,6 +16,7 @@ Each is a textfile.py file, written and removed by compare-and-swap. A ref that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +36,7 @@ from castore.format.layout import (
 )
 from castore.format.manifest import Entry, Kind
 from castore.format.paths import compile_glob, last_component, parent_of
+from castore.format.snapshot import TIME_NS_MAX
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
 from castore.ids import SNAPSHOT_ID_DIGITS, SnapshotId, is_hex
 from castore.options import TEXT_FILE_BYTES_MAX
@@ -53,6 +56,8 @@ class Forgotten:
     """When it was saved; 0 when its record could not be read."""
     forgotten_ns: int
     reason: str
+    count: int = 1
+    """How many forgotten snapshots it stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +102,45 @@ def read_forgotten(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | Non
     parents = text_field(fields, "parents", list, name=name)
     if not all(isinstance(parent, str) and len(parent) in SNAPSHOT_ID_DIGITS and is_hex(parent) for parent in parents):
         raise FormatError(f"{name}: expected snapshot ids as parents, found {parents!r:.80}")
-    step = None if fields.get("step") is None else text_field(fields, "step", int, name=name)
+    count = text_field(fields, "count", int, name=name)
+    if count < 1:
+        raise FormatError(f"{name}: expected a count of 1 or more, found {count}")
     return Forgotten(
         snapshot_id,
         tuple(SnapshotId(parent) for parent in parents),
         text_field(fields, "branch", str, name=name),
-        step,
-        text_field(fields, "time_ns", int, name=name),
-        text_field(fields, "forgotten_ns", int, name=name),
+        None if fields.get("step") is None else text_field(fields, "step", int, name=name),
+        _time_ns(fields, "time_ns", name),
+        _time_ns(fields, "forgotten_ns", name),
         text_field(fields, "reason", str, name=name),
+        count,
     )
 
 
 def forget_snapshot(backend: Backend, mark: Forgotten) -> bool:
     """Make the marker durable; False when the snapshot has a readable one already, which stays."""
-    data = encode_text_file(
-        {
-            "parents": list(mark.parents),
-            "branch": mark.branch,
-            "step": mark.step,
-            "time_ns": mark.time_ns,
-            "forgotten_ns": mark.forgotten_ns,
-            "reason": mark.reason,
-        }
-    )
-    return _put(backend, forgotten_name(mark.snapshot_id), data, keep=lambda: read_forgotten(backend, mark.snapshot_id))
+    keep = functools.partial(read_forgotten, backend, mark.snapshot_id)
+    return _put(backend, forgotten_name(mark.snapshot_id), _encode(mark), keep=keep)
+
+
+def replace_forgotten(backend: Backend, mark: Forgotten, *, expected: Forgotten) -> bool:
+    """Put one marker in the place of another, durably; False when another one is there than expected."""
+    if read_forgotten(backend, mark.snapshot_id) != expected:
+        return False
+    return backend.compare_and_swap(forgotten_name(mark.snapshot_id), expected=_encode(expected), new=_encode(mark))
+
+
+def _encode(mark: Forgotten) -> bytes:
+    fields = {
+        "parents": list(mark.parents),
+        "branch": mark.branch,
+        "step": mark.step,
+        "time_ns": mark.time_ns,
+        "forgotten_ns": mark.forgotten_ns,
+        "reason": mark.reason,
+        "count": mark.count,
+    }
+    return encode_text_file(fields)
 
 
 def unforget_snapshot(backend: Backend, snapshot_id: SnapshotId) -> bool:
@@ -151,7 +170,7 @@ def read_thinning(backend: Backend, snapshot_id: SnapshotId) -> Thinning | None:
     dropped = text_field(fields, "dropped", list, name=name)
     if not dropped or not all(isinstance(glob, str) for glob in dropped):
         raise FormatError(f"{name}: expected globs, found {dropped!r:.80}")
-    return Thinning(snapshot_id, tuple(dropped), text_field(fields, "thinned_ns", int, name=name))
+    return Thinning(snapshot_id, tuple(dropped), _time_ns(fields, "thinned_ns", name))
 
 
 def thin_snapshot(backend: Backend, mark: Thinning) -> bool:
@@ -244,7 +263,7 @@ def note_orphan(backend: Backend, snapshot_id: SnapshotId, *, now_ns: int) -> No
 def _orphan_since(backend: Backend, snapshot_id: SnapshotId) -> int | None:
     name = orphan_name(snapshot_id)
     fields = _read(backend, name)
-    return None if fields is None else int(text_field(fields, "since_ns", int, name=name))
+    return None if fields is None else _time_ns(fields, "since_ns", name)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -291,6 +310,13 @@ def _read(backend: Backend, name: str) -> dict[str, Any] | None:
         return decode_text_file(backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX), name=name)
     except NotFoundError:
         return None
+
+
+def _time_ns(fields: dict[str, Any], key: str, name: str) -> int:
+    found = int(text_field(fields, key, int, name=name))
+    if not 0 <= found <= TIME_NS_MAX:
+        raise FormatError(f"{name}: {key} {found} is no time before the year 10000")
+    return found
 
 
 def _put(backend: Backend, name: str, data: bytes, *, keep: Callable[[], object]) -> bool:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -17,6 +18,7 @@ from types import EllipsisType
 from castore.backend.base import Backend
 from castore.backend.local import LocalBackend
 from castore.errors import (
+    CastoreError,
     FormatError,
     NotFoundError,
     RepositoryAccessError,
@@ -25,12 +27,12 @@ from castore.errors import (
     UsageError,
 )
 from castore.format.config import Config, decode_config, encode_config
-from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
+from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, RESERVE, SNAPSHOTS
 from castore.hashing import Hasher, hasher_for
 from castore.host_memory import BaseMemory, BufferPool, MakeSlab
 from castore.ids import SnapshotId
 from castore.index import Index, MemoryIndex, open_index
-from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
+from castore.options import COMPRESSIONS, GC_RESERVE_BYTES, TEXT_FILE_BYTES_MAX, RepositoryOptions
 from castore.snapshots import ManifestReader
 from castore.store import ChunkStore
 
@@ -161,7 +163,17 @@ def create(path: str | Path, options: RepositoryOptions, *, clock: Clock = time.
     config = Config(os.urandom(16), options, clock(), {"read": frozenset(), "write": frozenset(), "gc": frozenset()})
     if not backend.put_if_absent(CONFIG, encode_config(config)):
         raise RepositoryExistsError(f"{root} already holds a repository; open it with castore.open({str(root)!r})")
+    make_reserve(backend)
     return Handle(backend, config, clock=clock)
+
+
+def make_reserve(backend: Backend) -> None:
+    """Set a little space aside, where that is still to do: a collector spends it when the disk is full. Without space
+    for it there is none.
+    """
+    if backend.stat(RESERVE) is None:
+        with suppress(CastoreError):
+            backend.put_if_absent(RESERVE, os.urandom(GC_RESERVE_BYTES))  # noise: no file system shrinks it
 
 
 def open_repository(path: str | Path, *, clock: Clock = time.time_ns) -> Handle:

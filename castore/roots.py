@@ -11,7 +11,7 @@ as long as a save may be under way that made it: its commit is still to come.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from castore.backend.base import Backend
 from castore.errors import DamageError, UnknownRefError
@@ -43,6 +43,9 @@ class Roots:
     missing: Mapping[SnapshotId, str]
     """Snapshots that a ref or a live snapshot names, and that are neither there nor forgotten → what names them. Their
     ancestors are not known either."""
+    contracted: Mapping[SnapshotId, tuple[Forgotten, Forgotten]]
+    """Tombstone → what it says, and what it says when it stands for the tombstones behind it too. To be put there
+    before the stale marks go, which those are among."""
     stale_marks: tuple[str, ...]
     """Files that say nothing any more: tombstones that no history reaches through, overlays and notes of snapshots that
     are gone."""
@@ -74,9 +77,13 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
     dead = dict.fromkeys(present - walk.live.keys() - walk.damaged.keys(), "no branch or tag reaches it")
     dead |= {found: f"forgotten: {marks[found].reason}" for found in dead.keys() & marks.keys()}
     overlays = thinnings(backend)
-    named = _named(marks, [record.parents for record in (*walk.live.values(), *orphaned.values())], present)
+    # Also what a snapshot names that may go: undelete may bring it back before it does.
+    gone = {found: mark for found, mark in marks.items() if found not in present}
+    named = {parent for record in (*walk.live.values(), *orphaned.values()) for parent in record.parents}
+    named |= {parent for found in marks.keys() & present for parent in marks[found].parents}
+    named &= gone.keys()
     stale = [
-        *(forgotten_name(found) for found in marks.keys() - present - named),
+        *(forgotten_name(found) for found in gone.keys() - named),
         *(thin_name(found) for found in overlays.keys() - present),
         *(orphan_name(found) for found, ns in notes.items() if found not in present or ns < expired_before_ns),
     ]
@@ -87,6 +94,7 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
         dead,
         walk.damaged,
         walk.missing,
+        _contract(gone, named),
         tuple(sorted(stale)),
     )
 
@@ -143,18 +151,26 @@ def _present(backend: Backend) -> set[SnapshotId]:
     return {snapshot_id for snapshot_id in names if snapshot_id is not None}
 
 
-def _named(
-    marks: Mapping[SnapshotId, Forgotten], parents: Iterable[Iterable[SnapshotId]], present: Collection[SnapshotId]
-) -> set[SnapshotId]:
-    """Markers that the history of a present snapshot passes through, also of one that may go: undelete may bring it
-    back before it does.
+def _contract(
+    gone: Mapping[SnapshotId, Forgotten], named: Collection[SnapshotId]
+) -> dict[SnapshotId, tuple[Forgotten, Forgotten]]:
+    """For each of the named tombstones the one that stands for those behind it, where there are any: else a run that
+    keeps its last three snapshots would keep a tombstone for each save it ever made.
     """
-    named: set[SnapshotId] = set()
-    pending = [parent for group in parents for parent in group]
-    pending.extend(parent for found in present if found in marks for parent in marks[found].parents)
-    while pending:
-        snapshot_id = pending.pop()
-        if snapshot_id in marks and snapshot_id not in named:
-            named.add(snapshot_id)
-            pending.extend(marks[snapshot_id].parents)
-    return named
+    contracted: dict[SnapshotId, tuple[Forgotten, Forgotten]] = {}
+    for snapshot_id in named:
+        mark = gone[snapshot_id]
+        parents: dict[SnapshotId, None] = {}
+        passed = {snapshot_id}
+        pending = list(reversed(mark.parents))
+        while pending:
+            parent = pending.pop()
+            if parent not in gone:
+                parents[parent] = None
+            elif parent not in passed:
+                passed.add(parent)
+                pending.extend(reversed(gone[parent].parents))
+        if len(passed) > 1:
+            count = sum(gone[found].count for found in passed)
+            contracted[snapshot_id] = (mark, replace(mark, parents=tuple(parents), count=count))
+    return contracted

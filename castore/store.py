@@ -312,6 +312,11 @@ class ChunkStore:
             raise type(error)(f"{where}: its delta base cannot be read: {error}") from error
         return out
 
+    def peek(self, location: Location, count_bytes: int) -> bytes:
+        """The first stored bytes of a record, not verified: a hint. Raises DamageError, StorageError, NotFoundError."""
+        row = location.row
+        return self._readers.open(location.pack_id).read(row.offset, min(count_bytes, row.stored_bytes))
+
     def check(self, location: Location) -> None:
         """Compare a record's stored bytes with their checksum. Raises DamageError, StorageError or NotFoundError."""
         row = location.row

@@ -23,7 +23,9 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castore import marks
 from castore.backend import MemoryBackend
+from castore.checkpoint.undelete import list_forgotten
 from castore.codec.base import Elements
 from castore.codec.delta import Choice, encode_delta
 from castore.codec.registry import DELTA, NAMES, codec_numbered, decode_chain
@@ -58,9 +60,12 @@ from castore.format.snapshot import SnapshotRecord, decode_snapshot, encode_snap
 from castore.format.textfile import decode_text_file, encode_text_file
 from castore.hashing import checksum, hasher_for
 from castore.ids import ChunkId, PackId, SnapshotId, StateId
+from castore.maintenance.policy import read_policy
+from castore.maintenance.retention import Candidate, Keep, Line, plan_retention
 from castore.options import GRID_BYTES, MIB, RepositoryOptions
 from castore.pack.reader import Gap, read_table, scan_records
 from castore.pack.writer import PackWriter
+from castore.repository import Handle
 from castore.snapshots import make_snapshot
 from tests.suites.sealed import sealed_text
 
@@ -251,6 +256,59 @@ def test_a_config_with_right_digest_and_wrong_fields_is_refused(changes: dict[st
 def test_hostile_json_with_a_right_digest_is_refused(line: bytes) -> None:
     for decode in (lambda data: decode_text_file(data, name="w"), lambda data: decode_config(data, where="w")):
         decodes_or_refuses(decode, sealed_text(line))
+
+
+HOSTILE = json_values | st.sampled_from([[], [3], ["*"], ["["], "7d", 10**40, -1, {"globs": ["x"], "older_than": 1}])
+MARK_ID = SnapshotId("aa" * N)
+MARKS: dict[str, tuple[str, dict[str, Any], Callable[[MemoryBackend], Any]]] = {
+    "forgotten": (
+        layout.forgotten_name(MARK_ID),
+        {
+            "parents": [SNAPSHOT_ID],
+            "branch": "b",
+            "step": 1,
+            "time_ns": 1,
+            "forgotten_ns": 2,
+            "reason": "",
+            "count": 1,
+        },
+        lambda backend: list_forgotten(Handle(backend, decode_config(CONFIG, where="w"))),
+    ),
+    "thin": (
+        layout.thin_name(MARK_ID),
+        {"dropped": ["optimizer/**"], "thinned_ns": 1},
+        lambda backend: [mark.drops("optimizer/state/0/m") for mark in marks.thinnings(backend).values()],
+    ),
+    "orphan": (layout.orphan_name(MARK_ID), {"since_ns": 1}, marks.orphan_notes),
+    "policy": (
+        layout.POLICY,
+        {
+            "keep": {"last": 3, "within": "7d", "best": [["loss", "min", 1]], "branches": ["a"]},
+            "thin": {"globs": ["x"], "older_than": 3},
+            "every_saves": 2,
+            "set_ns": 1,
+        },
+        read_policy,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+@given(data=st.data())
+def test_a_mark_or_policy_with_a_right_digest_and_any_fields_is_refused_or_makes_sense(name: str, data: Any) -> None:
+    file_name, good, read = MARKS[name]
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(good)), HOSTILE, max_size=3))
+    backend = MemoryBackend()
+    backend.put_if_absent(file_name, sealed_text(json.dumps(good | changes).encode()))
+    with suppress(CastoreError):
+        read(backend)
+
+
+@given(rules=st.dictionaries(st.sampled_from(["last", "every", "within", "best", "branches", "daily"]), HOSTILE))
+def test_rules_of_any_shape_are_refused_or_can_be_planned_with(rules: dict[str, Any]) -> None:
+    with suppress(CastoreError):
+        keep = Keep.from_json(rules, where="policy")
+        plan_retention(keep, [Line("main", (Candidate(MARK_ID, 3, 10**18, {"loss": 1.0}),))], tags={})
 
 
 msgpack_values = st.recursive(

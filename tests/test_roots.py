@@ -10,7 +10,7 @@ from castore.errors import DamageError
 from castore.format.layout import branch_name, forgotten_name, orphan_name, snapshot_name, thin_name
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
-from castore.marks import Forgotten, Thinning, forget_snapshot, note_orphan, thin_snapshot
+from castore.marks import Forgotten, Thinning, forget_snapshot, note_orphan, replace_forgotten, thin_snapshot
 from castore.roots import Roots, live_roots
 from castore.snapshots import ancestry, read_record
 from tests.checkpoint.repositories import create_on
@@ -66,7 +66,7 @@ def test_forgotten_snapshots_may_go_and_history_behind_them_stays(repository: Re
     sweep(repository, ids[1], ids[2])
     found = roots(repository)
     assert found.live.keys() == {ids[0], ids[3], ids[4]}
-    assert (found.dead, found.missing, found.stale_marks) == ({}, {}, ())
+    assert (found.dead, found.missing, found.stale_marks) == ({}, {}, (forgotten_name(ids[1]),))
     assert [s.id for s in repository.log()] == [ids[4], ids[3], ids[0]]
 
 
@@ -77,6 +77,33 @@ def test_a_ref_outweighs_a_marker(repository: Repository) -> None:
     assert roots(repository).live.keys() == {*ids}
 
 
+def test_tombstones_in_a_row_are_drawn_together(repository: Repository) -> None:
+    ids = line(repository, 7)
+    repository.branch("fork", at=ids[3])
+    line(repository, 1, branch="fork", first=20)
+    forget(repository, *ids[1:6])
+    found = roots(repository)
+    assert (found.contracted, found.stale_marks) == ({}, ()), "their files are there: undelete may bring them back"
+    sweep(repository, *ids[1:6])
+    found = roots(repository)
+    assert {name: new.parents for name, (_, new) in found.contracted.items()} == {
+        ids[5]: (ids[0],),
+        ids[3]: (ids[0],),
+    }
+    assert {name: new.count for name, (_, new) in found.contracted.items()} == {ids[5]: 5, ids[3]: 3}
+    assert set(found.stale_marks) == {forgotten_name(ids[number]) for number in (1, 2, 4)}
+    for old, new in found.contracted.values():
+        assert not replace_forgotten(repository.handle.backend, new, expected=new), "another one is there"
+        assert replace_forgotten(repository.handle.backend, new, expected=old)
+    for name in found.stale_marks:
+        repository.handle.backend.delete(name)
+    again = roots(repository)
+    assert again.live.keys() == found.live.keys()
+    assert (again.contracted, again.stale_marks, again.missing) == ({}, (), {})
+    assert [snapshot.step for snapshot in repository.log()] == [6, 0]
+    assert [snapshot.step for snapshot in repository.log("fork")] == [20, 0]
+
+
 def test_a_tombstone_goes_when_no_history_reaches_through_it(repository: Repository) -> None:
     ids = line(repository, 4)
     forget(repository, ids[0], ids[1])
@@ -84,13 +111,13 @@ def test_a_tombstone_goes_when_no_history_reaches_through_it(repository: Reposit
     assert roots(repository).stale_marks == ()
     forget(repository, ids[2])
     sweep(repository, ids[1], ids[2])
-    assert roots(repository).stale_marks == ()
+    assert set(roots(repository).stale_marks) == {forgotten_name(ids[0]), forgotten_name(ids[1])}
     repository.save({"other": 1}, branch="other")
     note_orphan(repository.handle.backend, ids[3], now_ns=1)
     repository.delete_branch("main")
     found = roots(repository)
     assert found.dead == {ids[3]: "no branch or tag reaches it"}
-    assert not any(name.startswith("forgotten/") for name in found.stale_marks), "undelete may still bring it back"
+    assert forgotten_name(ids[2]) not in found.stale_marks, "a later branch may still adopt what descends from it"
     sweep(repository, ids[3])
     found = roots(repository)
     assert set(found.stale_marks) >= {forgotten_name(snapshot_id) for snapshot_id in ids[:3]}

@@ -103,6 +103,11 @@ class Claim(Protocol):
     def name(self) -> str:
         """The claim file."""
 
+    def renew(self, data: bytes) -> None:
+        """Change what the file says, for those who cannot ask the OS whether the claim is held: a sign of life. Neither
+        durable nor atomic; a reader may see some of the old bytes. Does nothing after release, nor in a forked child.
+        """
+
     def release(self) -> None:
         """Remove the file, then let go. Does nothing the second time, nor in a forked child."""
 

@@ -323,6 +323,12 @@ class LocalClaim:
     def name(self) -> str:
         return self._name
 
+    def renew(self, data: bytes) -> None:
+        if self._locked.is_open:
+            with os_errors(self._path, "renew"):
+                os.pwrite(self._locked.fd, data, 0)
+                os.ftruncate(self._locked.fd, len(data))
+
     def release(self) -> None:
         if not self._locked.is_open:
             return

@@ -114,7 +114,7 @@ class MemoryBackend:
             if not self._add(name, bytes(data)):
                 raise LeaseError(f"{self._where(name)}: already claimed")
             self._held.add(name)
-        return MemoryClaim(name, lambda: self._release(name))
+        return MemoryClaim(name, lambda data: self._renew(name, data), lambda: self._release(name))
 
     def claims(self, prefix: str) -> builtins.list[ClaimInfo]:
         check_prefix(prefix)
@@ -154,6 +154,11 @@ class MemoryBackend:
         with self._lock:
             if not self._add(name, data):
                 raise StorageError(f"{self._where(name)}: cannot commit: the name is taken")
+
+    def _renew(self, name: str, data: bytes) -> None:
+        with self._lock:
+            if name in self._held:
+                self._files[name] = _File(bytes(data), self._now_ns())
 
     def _release(self, name: str) -> None:
         with self._lock:
@@ -220,14 +225,19 @@ class MemoryReader:
 class MemoryClaim:
     """See castore.backend.base.Claim."""
 
-    def __init__(self, name: str, release: Callable[[], None]) -> None:
+    def __init__(self, name: str, renew: Callable[[bytes], None], release: Callable[[], None]) -> None:
         self._name = name
+        self._renew = renew
         self._release = release
         self._released = False
 
     @property
     def name(self) -> str:
         return self._name
+
+    def renew(self, data: bytes) -> None:
+        if not self._released:
+            self._renew(data)
 
     def release(self) -> None:
         if not self._released:

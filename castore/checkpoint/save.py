@@ -17,21 +17,23 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from castore.checkpoint.plan import HashedState, Write, hash_state, plan_manifest, plan_writes, written_bytes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
-from castore.errors import CastoreError, ConflictError, StaleSaveWarning
+from castore.errors import CastoreError, ConflictError, LowSpaceWarning, StaleSaveWarning
 from castore.format.identity import entry_digest, state_id
+from castore.format.layout import snapshot_name, tag_name
 from castore.format.manifest import Entry, Kind
 from castore.format.snapshot import SnapshotRecord
 from castore.hashing import Hasher
 from castore.ids import SnapshotId
-from castore.leases import writer_lease
-from castore.refs import check_free, check_tag_free, create_tag, move_branch, read_branch, resolve
+from castore.leases import check_not_condemned, is_condemned, writer_lease
+from castore.marks import note_orphan
+from castore.refs import check_free, check_tag_free, create_tag, delete_ref_file, move_branch, read_branch, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, leaf_table, make_snapshot, read_record, write_record
 from castore.tensors import FlatState, flatten
@@ -63,22 +65,23 @@ def save_flat(
     """
     handle.config.check_features("write", where=handle.backend.location)
     now_ns = handle.clock()
-    with writer_lease(handle.backend, purpose="save", now_ns=now_ns):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(handle.backend, purpose="save", now_ns=now_ns, lease_s=lease_s) as lease:
         parent = _expected_head(handle, request)
         for tag in request.tags:
             check_tag_free(handle.backend, tag)
-        meter = _Meter(progress, total_bytes=2 * sum(payload.raw_bytes for payload in flat.payloads if payload))
+        raw_bytes = sum(payload.raw_bytes for payload in flat.payloads if payload)
+        meter = _Meter(progress, total_bytes=2 * raw_bytes, beat=lease.beat)
         handle.bases.set_budget(0 if handle.base_memory_bytes is None and not staged else handle.base_memory_bytes)
         hashed = hash_state(flat, handle.hasher, progress=meter.advance)
         session = WriteSession(handle, now_ns)
         try:
             previous = _read_parent(handle, parent)
             record = _write_chunks(session, hashed, request, parent=parent, previous=previous, meter=meter)
-            snapshot_id = write_record(handle.backend, record, handle.hasher)
-            session.heal()
+            snapshot_id = _publish(session, record)
             session.remember_bases({chunk_id for leaf in hashed.leaves for chunk_id in leaf.ids})
             meter.finish()
-            _commit(session, request, parent, snapshot_id)
+            snapshot_id = _commit(session, request, parent, record, snapshot_id)
         except BaseException:
             session.abort()
             raise
@@ -102,16 +105,42 @@ def _expected_head(handle: Handle, request: SaveRequest) -> _Parent:
         check_free(handle.backend, request.branch, as_tag=False)
     if request.parent is not None:
         # After the head: a branch that moves in between makes a conflict, not a history without that move.
-        return _Parent(head, (resolve(handle.backend, request.parent),))
+        continued = resolve(handle.backend, request.parent)
+        check_not_condemned(handle.backend, continued)
+        return _Parent(head, (continued,))
     if seen is None:
         handle.note_head(request.branch, head)
     return _Parent(head, (head,) if head is not None else ())
 
 
-def _commit(session: WriteSession, request: SaveRequest, parent: _Parent, snapshot_id: SnapshotId) -> None:
-    """Move the branch, then make the tags, then check."""
+def _publish(session: WriteSession, record: SnapshotRecord) -> SnapshotId:
+    """Make the snapshot visible, durably, then check that all of it is there: the file itself too.
+
+    A collector that took us for dead, because we slept past our lease, may have condemned the file as an orphan. What
+    was condemned never comes back under its name, so the record then gets another one.
+    """
+    while True:
+        snapshot_id = write_record(session.handle.backend, record, session.handle.hasher)
+        session.heal()
+        if not _is_going(session, snapshot_id):
+            return snapshot_id
+        record = replace(record, nonce=os.urandom(NONCE_BYTES))
+
+
+def _is_going(session: WriteSession, snapshot_id: SnapshotId) -> bool:
+    # The condemned set before the file, as in WriteSession.heal.
+    backend = session.handle.backend
+    return is_condemned(backend, snapshot_id) or backend.stat(snapshot_name(snapshot_id)) is None
+
+
+def _commit(
+    session: WriteSession, request: SaveRequest, parent: _Parent, record: SnapshotRecord, snapshot_id: SnapshotId
+) -> SnapshotId:
+    """Move the branch, then make the tags, then check; returns the id that the branch names in the end."""
     handle, branch = session.handle, request.branch
     try:
+        if parent.head is not None and parent.head not in parent.parents:
+            note_orphan(handle.backend, parent.head, now_ns=session.now_ns)  # the branch goes elsewhere
         if not move_branch(handle.backend, branch, expected_id=parent.head, new_id=snapshot_id, now_ns=session.now_ns):
             found = read_branch(handle.backend, branch)
             raise ConflictError(branch, snapshot_id=snapshot_id, expected_id=parent.head, found_id=found)
@@ -119,6 +148,8 @@ def _commit(session: WriteSession, request: SaveRequest, parent: _Parent, snapsh
         for tag in request.tags:
             create_tag(handle.backend, tag, snapshot_id, now_ns=session.now_ns)
         session.heal()
+        while _is_going(session, snapshot_id):
+            snapshot_id = _replace(session, request, record, snapshot_id)
     except BaseException as error:
         # The branch may have moved all the same: its last sync failed, Ctrl-C struck, or a tag could not be made.
         with suppress(CastoreError):
@@ -126,6 +157,22 @@ def _commit(session: WriteSession, request: SaveRequest, parent: _Parent, snapsh
                 handle.note_head(branch, snapshot_id)
                 error.add_note(f"branch {branch!r} has moved to the new snapshot {snapshot_id[:12]}")
         raise
+    return snapshot_id
+
+
+def _replace(session: WriteSession, request: SaveRequest, record: SnapshotRecord, going_id: SnapshotId) -> SnapshotId:
+    """Publish the snapshot under another name and move the refs of this save there."""
+    handle, branch, now_ns = session.handle, request.branch, session.now_ns
+    snapshot_id = _publish(session, replace(record, nonce=os.urandom(NONCE_BYTES)))
+    if not move_branch(handle.backend, branch, expected_id=going_id, new_id=snapshot_id, now_ns=now_ns):
+        found = read_branch(handle.backend, branch)
+        raise ConflictError(branch, snapshot_id=snapshot_id, expected_id=going_id, found_id=found)
+    handle.note_head(branch, snapshot_id)
+    for tag in request.tags:
+        delete_ref_file(handle.backend, tag_name(tag))
+        create_tag(handle.backend, tag, snapshot_id, now_ns=now_ns)
+    session.heal()
+    return snapshot_id
 
 
 def _write_chunks(
@@ -154,6 +201,7 @@ def _write_chunks(
     ]
     new_bytes = written_bytes(writes)
     meter.skip(hashed.raw_bytes - new_bytes)
+    _warn_if_tight(handle, new_bytes)
     stored_bytes = session.write([*writes, *parts], progress=meter.advance)
     return SnapshotRecord(
         state_id(handle.hasher, hashed.entries),
@@ -192,6 +240,20 @@ def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
     return None
 
 
+def _warn_if_tight(handle: Handle, new_bytes: int) -> None:
+    """Say so before the writing starts: a save that ends at a full disk has cost its time, and training goes on without
+    a snapshot. How far the new chunks shrink is not known yet.
+    """
+    free_bytes = handle.backend.free_bytes()
+    if free_bytes is not None and free_bytes < new_bytes:
+        warnings.warn(
+            f"{handle.backend.location}: this save has {new_bytes} new bytes before compression, and {free_bytes} are "
+            "free: it may not fit; `castore forget` and `castore gc` make room",
+            LowSpaceWarning,
+            stacklevel=6,  # the caller of Repository.save
+        )
+
+
 def _warn_if_stale(hasher: Hasher, request: SaveRequest, hashed: HashedState, previous: _Previous) -> None:
     """Say so when the step moved and no tensor did: a loop that trains a copy of what it saves has cost people days."""
     if request.step is None or previous.step is None or request.step == previous.step:
@@ -217,12 +279,14 @@ _ARRAYS = frozenset({Kind.TENSOR, Kind.NDARRAY, Kind.STORAGE})
 class _Meter:
     """Turns bytes hashed and bytes written into one progress figure."""
 
-    def __init__(self, progress: Progress | None, *, total_bytes: int) -> None:
+    def __init__(self, progress: Progress | None, *, total_bytes: int, beat: Callable[[], None]) -> None:
+        self._beat = beat
         self._progress = progress
         self._total = total_bytes
         self._done = 0
 
     def advance(self, count_bytes: int) -> None:
+        self._beat()
         self._done = min(self._total, self._done + count_bytes)
         if self._progress is not None:
             self._progress(self._done, self._total)

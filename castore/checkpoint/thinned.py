@@ -25,8 +25,8 @@ def refuse_dropped(
     if dropped:
         left = left_of(entries, thinning)
         raise ThinnedError(
-            f"snapshot {snapshot_id[:12]} was thinned ({', '.join(thinning.dropped)}): {len(dropped)} leaves that were "
-            f"asked for are dropped, such as {dropped[0]!r}; left are {_shortened(left)}: load them with paths=, or "
+            f"snapshot {snapshot_id[:12]} was thinned ({', '.join(thinning.dropped)}): {len(dropped)} of the leaves "
+            f"asked for are dropped, such as {dropped[0]!r}; left: {_shortened(left)}; load those with paths=, or "
             f"bring the others back with `castore undelete {snapshot_id[:12]}` while gc has not freed them",
             dropped=dropped,
             left=left,

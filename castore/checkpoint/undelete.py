@@ -189,6 +189,8 @@ def _make_whole(handle: Handle, snapshot_id: SnapshotId, now_ns: int) -> None:
 def _check(handle: Handle, snapshot_id: SnapshotId, now_ns: int, *, whole: bool) -> None:
     try:
         rescue(handle, snapshot_id, listed=None, now_ns=now_ns, whole=whole)
+    except SnapshotGoneError:
+        raise
     except ChunkMissingError as error:
         raise SnapshotGoneError(
             f"snapshot {snapshot_id[:12]} cannot come back: gc has freed chunks that it needs ({error})"

@@ -25,12 +25,15 @@ _SNAPSHOTS_SHOWN_MAX = 20
     examples="""
 castore gc --dry-run            say what would be freed
 castore gc                      free it, beside running saves
+castore gc --auto               apply the stored policy, then free what there is: for cron
+castore gc --target-bytes 50000000000
 castore gc --wait 0             do not wait for saves: the next gc goes on
 castore gc --repack-below 1     rewrite every pack that holds a dead byte
 castore gc --json | jq .pending
 """,
 )
 @click.option("--dry-run", "-n", is_flag=True, help="Say what would be done, and change nothing.")
+@click.option("--auto", is_flag=True, help="Apply the stored policy first; stop at once when nothing can be freed.")
 @click.option(
     "--repack-below",
     type=click.FloatRange(0, 1),
@@ -48,13 +51,28 @@ castore gc --json | jq .pending
     help="Copy at most this much; the next gc goes on.",
 )
 @click.option(
+    "--target-bytes",
+    type=click.IntRange(min=0),
+    metavar="BYTES",
+    help="Forget what the stored policy does not keep, oldest first, until the packs take no more than this.",
+)
+@click.option(
     "--wait",
     "wait_s",
     type=click.FloatRange(min=0),
     metavar="SECONDS",
     help="How long to wait for saves that began before. Default: the lease length of the repository.",
 )
-def gc_command(app: App, dry_run: bool, repack_below: float, max_repack_bytes: int, wait_s: float | None) -> int | None:
+def gc_command(
+    app: App,
+    *,
+    dry_run: bool,
+    auto: bool,
+    repack_below: float,
+    max_repack_bytes: int,
+    target_bytes: int | None,
+    wait_s: float | None,
+) -> int | None:
     """Free what no branch, tag or young orphan needs any more: snapshots that were forgotten or lost their refs, and
     the chunks that only they held.
 
@@ -62,15 +80,19 @@ def gc_command(app: App, dry_run: bool, repack_below: float, max_repack_bytes: i
     simply run again.
     """
     with app.open() as repository, _phases(app) as progress:
-        report: GcReport = repository.gc(
+        report: GcReport | None = repository.gc(
             dry_run,
+            auto=auto,
             repack_below=repack_below,
             repack_bytes_max=max_repack_bytes,
+            target_bytes=target_bytes,
             wait_s=wait_s,
             progress=progress,
         )
     if app.as_json:
-        app.document(report.to_json())
+        app.document(report.to_json() if report is not None else {"nothing_to_do": True})
+    elif report is None:
+        app.line("nothing to free")
     else:
         _draw(app, report)
     return None

@@ -149,6 +149,7 @@ def snapshot_fields(snapshot: Snapshot) -> dict[str, Any]:
         "stored_bytes": snapshot.stored_bytes,
         "leaf_count": snapshot.leaf_count,
         "software": snapshot.software,
+        "dropped": list(snapshot.dropped),
     }
 
 

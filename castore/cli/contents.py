@@ -93,7 +93,7 @@ def _show_snapshot(app: App, repository: Repository, snapshot: Snapshot, path: s
             leaf.dtype,
             shape,
             size(leaf.raw_bytes),
-            str(leaf.chunk_count or "-"),
+            "dropped" if leaf.dropped else str(leaf.chunk_count or "-"),
         )
     app.table(table)
 
@@ -125,6 +125,7 @@ def _show_facts(app: App, repository: Repository, snapshot: Snapshot) -> None:
         "metrics": metrics_text(snapshot.metrics),
         "bytes": cost_text(snapshot),
         "leaves": str(snapshot.leaf_count),
+        "thinned": ", ".join(snapshot.dropped),
         "software": snapshot.software,
     }
     for name, text in facts.items():
@@ -157,8 +158,7 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
         "refers to": leaf.target,
         "dtype": leaf.dtype,
         "shape": shape_text(leaf.shape) if leaf.dtype else "",
-        "bytes": f"raw {size(leaf.raw_bytes)}"
-        + (f", stored {size(leaf.stored_bytes)}" if leaf.chunks else ", in the manifest"),
+        "bytes": f"raw {size(leaf.raw_bytes)}, {_whereabouts(leaf)}",
         "digest": leaf.digest,
         "value": value_text(leaf.value) if leaf.has_value else "",
         "numbers": _summary_text(leaf.summary),
@@ -173,6 +173,12 @@ def _show_leaf(app: App, snapshot: Snapshot, leaf: LeafDetail) -> None:
     if leaf.chunks:
         app.line()
         app.table(_chunk_table(leaf.chunks))
+
+
+def _whereabouts(leaf: LeafDetail) -> str:
+    if leaf.dropped:
+        return "dropped"
+    return f"stored {size(leaf.stored_bytes)}" if leaf.chunks else "in the manifest"
 
 
 def _summary_text(summary: Mapping[str, Any]) -> str:
@@ -266,9 +272,10 @@ def diff_command(
 
 
 def _parent_of(snapshot: Snapshot) -> str:
+    """Its parent, or what came before that when it was forgotten."""
     if not snapshot.parents:
         raise UsageError(f"snapshot {snapshot.id[:ID_DIGITS]} has no parent; name the two snapshots to compare")
-    return snapshot.parents[0]
+    return f"{snapshot.id}~1"
 
 
 def _descending(value: float | None) -> float:
@@ -310,7 +317,7 @@ def _diff_table(leaves: Sequence[LeafDiff], *, values: bool) -> Table:
             _change(shape_text(leaf.shape_a), shape_text(leaf.shape_b), leaf) if leaf.dtype_a or leaf.dtype_b else "",
             size(leaf.raw_bytes_b if leaf.status != "removed" else leaf.raw_bytes_a),
             f"{leaf.chunks_changed}/{leaf.chunk_count}" if leaf.chunk_count else "-",
-            number(leaf.max_abs),
+            "dropped" if leaf.dropped else number(leaf.max_abs),
             number(leaf.relative_l2),
             number(leaf.cosine),
             str(leaf.nonfinite_count),

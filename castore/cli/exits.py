@@ -50,7 +50,13 @@ _BY_TYPE: tuple[tuple[type[Exception] | tuple[type[Exception], ...], Exit], ...]
         Exit.CONFLICT,
     ),
     (
-        (errors.RepositoryNotFoundError, errors.RefError, errors.PathNotFoundError, FileNotFoundError),
+        (
+            errors.RepositoryNotFoundError,
+            errors.RefError,
+            errors.PathNotFoundError,
+            errors.ThinnedError,
+            FileNotFoundError,
+        ),
         Exit.NOT_FOUND,
     ),
     ((errors.RepositoryAccessError, PermissionError), Exit.NOT_PERMITTED),

@@ -7,8 +7,8 @@ others.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -16,10 +16,11 @@ import click
 from castore.cli.command import App, command, snapshot_fields
 from castore.cli.exits import Exit
 from castore.cli.graph import Node, draw, newest_first
-from castore.cli.render import ID_DIGITS, Table, age, clean, local_time, metrics_text, size
+from castore.cli.render import ID_DIGITS, Table, age, clean, local_time, metrics_text, plural, size
 from castore.errors import DamageError, FormatError, UnknownRefError, UsageError
 from castore.format.layout import BRANCHES, TAGS, decode_ref_name
 from castore.ids import SnapshotId
+from castore.marks import Forgotten, forgotten_ids, read_forgotten, read_thinning, thinned_ids
 from castore.refs import Ref, read_branch, read_tag, resolve
 from castore.snapshots import Snapshot, list_snapshot_ids, make_snapshot, read_record
 
@@ -72,16 +73,49 @@ def read_refs(repository: Repository) -> Refs:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """One snapshot that history names: there, gone, or damaged."""
+    """One snapshot that history names: there, forgotten, gone, or damaged."""
 
     id: SnapshotId
     snapshot: Snapshot | None
     damage: str = ""
+    mark: Forgotten | None = None
+    """Of a forgotten one: history goes on behind it."""
+    parents: tuple[SnapshotId, ...] = ()
+    """Empty when the snapshot cannot be read."""
 
     @property
-    def parents(self) -> tuple[SnapshotId, ...]:
-        """Empty when the snapshot cannot be read."""
-        return self.snapshot.parents if self.snapshot else ()
+    def is_gap(self) -> bool:
+        """Whether it is passed over."""
+        return self.mark is not None and self.snapshot is None
+
+
+class EntryReader:
+    """Reads log entries; which snapshots have marks is listed once."""
+
+    def __init__(self, repository: Repository, refs: Refs, *, start: SnapshotId | None = None) -> None:
+        self._backend = repository.handle.backend
+        self._shown = {*refs.at, start}
+        """What a ref names is there even when it has a marker; so is what was asked for."""
+        self._forgotten = forgotten_ids(self._backend)
+        self._thinned = thinned_ids(self._backend)
+
+    def read(self, snapshot_id: SnapshotId) -> LogEntry:
+        """One entry; damage is noted and not raised."""
+        mark = None
+        try:
+            if snapshot_id in self._forgotten:
+                mark = read_forgotten(self._backend, snapshot_id)
+                if mark is not None and snapshot_id not in self._shown:
+                    return LogEntry(snapshot_id, None, "", mark, mark.parents)
+            overlay = read_thinning(self._backend, snapshot_id) if snapshot_id in self._thinned else None
+            # Not repository.snapshot(id): an id that is looked up as a ref lists all snapshots.
+            record = read_record(self._backend, snapshot_id)
+        except UnknownRefError:
+            return LogEntry(snapshot_id, None)
+        except DamageError as error:
+            return LogEntry(snapshot_id, None, str(error))
+        snapshot = make_snapshot(snapshot_id, record, lambda _: (), overlay)
+        return LogEntry(snapshot_id, snapshot, "", mark, record.parents)
 
 
 @command(
@@ -102,7 +136,8 @@ def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limi
     """List snapshots, newest first, from REF (default: main) along first parents.
 
     A line shows the id, the step, the time, the raw bytes that were new and what they took in packs, the
-    metrics, the branches and tags, and the message. A parent that was dropped is shown as gone.
+    metrics, the branches and tags, and the message. Forgotten snapshots are counted and passed over; a parent
+    that is gone and was not forgotten is shown as gone.
     """
     if ref is not None and (everything or orphans):
         raise UsageError("give either REF, or --all and --orphans, which look at every ref")
@@ -113,7 +148,8 @@ def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limi
             chosen = (reached if everything else {}) | (unreached if orphans else {})
             entries = iter(_ordered(chosen))
         else:
-            entries = _line_of(repository, resolve(repository.handle.backend, "main" if ref is None else ref))
+            start = resolve(repository.handle.backend, "main" if ref is None else ref)
+            entries = _line_of(EntryReader(repository, refs, start=start), start)
         if app.as_json:
             return _log_json(app, entries, refs, limit)
         for name, problem in refs.damaged.items():
@@ -125,17 +161,28 @@ def log_command(app: App, ref: str | None, everything: bool, orphans: bool, limi
 def _log_json(app: App, entries: Iterator[LogEntry], refs: Refs, limit: int | None) -> int | None:
     snapshots: list[dict[str, Any]] = []
     gone: list[str] = []
+    forgotten: list[str] = []
     damaged: dict[str, str] = {}
     for entry in entries:
         if entry.snapshot is not None:
             if len(snapshots) == limit:
                 break
             snapshots.append(snapshot_fields(entry.snapshot) | {"refs": refs.at.get(entry.id, _NOWHERE)})
+        elif entry.is_gap:
+            forgotten.append(entry.id)
         elif entry.damage:
             damaged[entry.id] = entry.damage
         else:
             gone.append(entry.id)
-    app.document({"snapshots": snapshots, "gone": gone, "damaged": damaged, "damaged_refs": refs.damaged})
+    app.document(
+        {
+            "snapshots": snapshots,
+            "forgotten": forgotten,
+            "gone": gone,
+            "damaged": damaged,
+            "damaged_refs": refs.damaged,
+        }
+    )
     return Exit.DAMAGE if damaged or refs.damaged else None
 
 
@@ -143,24 +190,65 @@ def _log_text(app: App, entries: Iterable[LogEntry], refs: Refs, limit: int | No
     """Print the lines; whether anything was damaged."""
     now_s = time.time()
     shown, any_damage = 0, False
+    gap: list[Forgotten] = []
     for before, prefix, entry in _with_graph(entries) if graph else (([], "*", entry) for entry in entries):
         if shown == limit:
             break
+        if entry.mark is not None and entry.is_gap:
+            gap.append(entry.mark)
+            continue
+        _log_gap(app, gap)
         shown += entry.snapshot is not None
         any_damage |= bool(entry.damage)
         for line in before:
             app.line(line)
         app.line(f"{prefix} {_log_line(app, entry, refs, now_s)}".rstrip())
+    _log_gap(app, gap)
     if not shown and not any_damage:
         app.note("no snapshots")
     return any_damage
 
 
+def _log_gap(app: App, gap: list[Forgotten]) -> None:
+    """One line for snapshots that were forgotten one after another."""
+    if not gap:
+        return
+    count = sum(mark.count for mark in gap)
+    steps = sorted(mark.step for mark in gap if mark.step is not None and count == len(gap))
+    named = "" if not steps else f" (step {steps[0]})" if len(steps) == 1 else f" (steps {steps[0]} to {steps[-1]})"
+    app.line(f": {plural(count, 'snapshot')} forgotten{named}")
+    gap.clear()
+
+
 def _with_graph(entries: Iterable[LogEntry]) -> Iterator[tuple[list[str], str, LogEntry]]:
-    by_id = {str(entry.id): entry for entry in entries}
+    """Lines of history are drawn past forgotten snapshots, which come last, to be counted."""
+    everything = {entry.id: entry for entry in entries}
+    by_id = {
+        str(entry.id): replace(entry, parents=_kept_parents(entry, everything))
+        for entry in everything.values()
+        if not entry.is_gap
+    }
     nodes = [_node(entry) for entry in by_id.values()]
     for node, (before, prefix) in zip(nodes, draw(nodes), strict=True):
         yield before, prefix, by_id[node.id]
+    for entry in everything.values():
+        if entry.is_gap:
+            yield [], "", entry
+
+
+def _kept_parents(entry: LogEntry, everything: Mapping[SnapshotId, LogEntry]) -> tuple[SnapshotId, ...]:
+    """Its parents; in the place of forgotten ones, what came before those."""
+    kept: dict[SnapshotId, None] = {}
+    pending, passed = list(reversed(entry.parents)), set[SnapshotId]()
+    while pending:
+        parent = pending.pop()
+        found = everything.get(parent)
+        if found is None or not found.is_gap:
+            kept[parent] = None
+        elif parent not in passed:
+            passed.add(parent)
+            pending.extend(reversed(found.parents))
+    return tuple(kept)
 
 
 def _log_line(app: App, entry: LogEntry, refs: Refs, now_s: float) -> str:
@@ -181,31 +269,37 @@ def _log_line(app: App, entry: LogEntry, refs: Refs, now_s: float) -> str:
         cost,
         metrics_text(snapshot.metrics),
         decoration,
+        f"thinned of {clean(', '.join(snapshot.dropped))}" if snapshot.dropped else "",
+        "forgotten" if entry.mark is not None and not names else "",
         clean(snapshot.message.partition("\n")[0]),
     )
     return "  ".join(piece for piece in pieces if piece)
 
 
-def _line_of(repository: Repository, start: SnapshotId) -> Iterator[LogEntry]:
+def _line_of(reader: EntryReader, start: SnapshotId) -> Iterator[LogEntry]:
     """A snapshot and its first parents, read as they are asked for."""
     current: SnapshotId | None = start
-    while current is not None:
-        entry = _read(repository, current)
+    seen: set[SnapshotId] = set()
+    while current is not None and current not in seen:
+        seen.add(current)  # markers, unlike snapshots, could name each other
+        entry = reader.read(current)
         yield entry
         current = entry.parents[0] if entry.parents else None
 
 
 def _everything(repository: Repository, refs: Refs) -> tuple[dict[str, LogEntry], dict[str, LogEntry]]:
-    """What the refs reach, and the rest; parents that are gone go with the first."""
+    """What the refs reach, and the rest but for what was forgotten; parents that are gone go with the first."""
+    reader = EntryReader(repository, refs)
     reached: dict[str, LogEntry] = {}
     pending = [ref.snapshot_id for ref in (*refs.branches, *refs.tags)]
     while pending:
         snapshot_id = pending.pop()
         if snapshot_id not in reached:
-            reached[snapshot_id] = _read(repository, snapshot_id)
+            reached[snapshot_id] = reader.read(snapshot_id)
             pending.extend(reached[snapshot_id].parents)
     others = [found for found in list_snapshot_ids(repository.handle.backend) if found not in reached]
-    return reached, {found: _read(repository, found) for found in others}
+    unreached = {found: reader.read(found) for found in others}
+    return reached, {found: entry for found, entry in unreached.items() if not entry.is_gap}
 
 
 def _ordered(entries: dict[str, LogEntry]) -> list[LogEntry]:
@@ -214,19 +308,10 @@ def _ordered(entries: dict[str, LogEntry]) -> list[LogEntry]:
 
 def _node(entry: LogEntry) -> Node:
     # What cannot be read has no time: it comes after whatever names it.
-    time_ns = int(entry.snapshot.created_at.timestamp() * 1e9) if entry.snapshot else 0
+    time_ns = entry.mark.time_ns if entry.mark else 0
+    if entry.snapshot:
+        time_ns = int(entry.snapshot.created_at.timestamp() * 1e9)
     return Node(entry.id, entry.parents, time_ns)
-
-
-def _read(repository: Repository, snapshot_id: SnapshotId) -> LogEntry:
-    try:
-        # Not repository.snapshot(id): an id that is looked up as a ref lists all snapshots.
-        record = read_record(repository.handle.backend, snapshot_id)
-        return LogEntry(snapshot_id, make_snapshot(snapshot_id, record, lambda _: ()))
-    except UnknownRefError:
-        return LogEntry(snapshot_id, None)
-    except DamageError as error:
-        return LogEntry(snapshot_id, None, str(error))
 
 
 # ---- branch and tag ----------------------------------------------------------------------------------------
@@ -312,7 +397,8 @@ def _list_refs(app: App, repository: Repository, kind: RefKind) -> int | None:
     found = refs.branches if kind == "branch" else refs.tags
     prefix = BRANCHES if kind == "branch" else TAGS
     damaged = {name: problem for name, problem in refs.damaged.items() if name.startswith(prefix)}
-    entries = [(ref, _read(repository, ref.snapshot_id)) for ref in found]
+    reader = EntryReader(repository, refs)
+    entries = [(ref, reader.read(ref.snapshot_id)) for ref in found]
     if app.as_json:
         rows = [_ref_fields(ref, entry) for ref, entry in entries]
         app.document({_PLURALS[kind]: rows, "damaged_refs": damaged})

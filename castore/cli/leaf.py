@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from castore.checkpoint.thinned import refuse_dropped
 from castore.codec.registry import chain_name
-from castore.errors import CastoreError, PathNotFoundError
+from castore.errors import CastoreError, PathNotFoundError, ThinnedError
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.ids import ChunkId, SnapshotId
 from castore.snapshots import leaf_table, read_record
@@ -85,6 +86,8 @@ class LeafDetail:
     problem: str
     """Why the value or the summary could not be read."""
     chunks: tuple[StoredChunk, ...]
+    dropped: bool
+    """Whether thinning took it: then there is no value and there are no chunks, though gc may not have run yet."""
 
     @property
     def stored_bytes(self) -> int:
@@ -103,14 +106,16 @@ def describe_leaf(repository: Repository, snapshot_id: SnapshotId, entry: Entry)
     """Read one leaf. Damage of its bytes is noted in `problem` and not raised."""
     handle = repository.handle
     bytes_of, target = _own_bytes(repository, snapshot_id, entry)
-    value, has_value, summary, problem = None, False, {}, ""
+    value, has_value, summary, problem, dropped = None, False, {}, "", False
     try:
+        refuse_dropped(handle.backend, snapshot_id, _entries(repository, snapshot_id), (entry.path,))
         if bytes_of.kind in _ARRAY_KINDS:
             summary = _summary(repository, snapshot_id, entry if entry.kind is Kind.VIEW else bytes_of)
         else:
             value, has_value = _value(repository, bytes_of), True
     except CastoreError as error:
         problem = str(error)
+        dropped = isinstance(error, ThinnedError)
     facts = bytes_of if entry.kind is Kind.ALIAS else entry
     row = leaf_table([facts], handle.hasher)
     return LeafDetail(
@@ -125,7 +130,8 @@ def describe_leaf(repository: Repository, snapshot_id: SnapshotId, entry: Entry)
         has_value,
         summary,
         problem,
-        _chunks(repository, bytes_of),
+        () if dropped else _chunks(repository, bytes_of),
+        dropped,
     )
 
 

@@ -32,6 +32,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "tag": ("history", "List, make or delete tags."),
     },
     "Upkeep": {
+        "forget": ("retention", "Forget or thin snapshots by rules or by name."),
+        "undelete": ("retention", "Bring back what was forgotten or thinned."),
+        "policy": ("retention", "Show, set, apply or clear the stored policy."),
         "gc": ("collect", "Free what no branch or tag needs any more."),
         "verify": ("upkeep", "Check the repository; with --data every byte."),
         "du": ("upkeep", "Say where the bytes are."),

@@ -7,6 +7,8 @@
     thin/<snapshot id>              overlay: leaves dropped from a kept snapshot
     orphans/<snapshot id>           when a ref last left the snapshot: its grace period starts then
     policy                          what to forget and to thin automatically
+    policy-applied                  when that was done last
+    policy-collected                when gc --auto last looked for what can be freed
     refs/branches/<encoded name>
     refs/tags/<encoded name>
     leases/<random>.lease
@@ -39,6 +41,8 @@ FORGOTTEN = "forgotten/"
 THIN = "thin/"
 ORPHANS = "orphans/"
 POLICY = "policy"
+POLICY_APPLIED = "policy-applied"
+POLICY_COLLECTED = "policy-collected"
 BRANCHES = "refs/branches/"
 TAGS = "refs/tags/"
 LEASES = "leases/"

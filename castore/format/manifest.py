@@ -210,19 +210,19 @@ def part_references(data: Buffer, *, id_bytes: int, where: str) -> tuple[bytes, 
     """The chunk ids and the ids of id lists that a part names, each kind concatenated: all that gc needs of it, at a
     tenth of the cost of its entries. What looks odd is left to decode_part. Raises FormatError.
     """
-    chunks = id_lists = b""
+    chunks: list[bytes] = []
+    id_lists: list[bytes] = []
     try:
-        unpacked = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
-        version, packed_entries = unpacked
-        found = [entry[7] for entry in packed_entries if len(entry) == _ENTRY_FIELDS and type(entry[7]) is list]
-        chunks = b"".join(ids for ids, *mark in found if not mark)
-        id_lists = b"".join(ids for ids, *mark in found if mark)
-        even = not len(chunks) % id_bytes and not len(id_lists) % id_bytes and all(len(ids) <= 2 for ids in found)
-        odd = version != PART_VERSION or not even or any(len(entry) != _ENTRY_FIELDS for entry in packed_entries)
-    except (ValueError, TypeError, KeyError, msgpack.UnpackException, RecursionError):
+        version, packed_entries = msgpack.unpackb(data, raw=False, use_list=True, strict_map_key=True)
+        odd = version != PART_VERSION or len(data) > PART_BYTES_MAX
+        for _, _, _, _, _, _, _, ids, _ in packed_entries:
+            if type(ids) is list:
+                (chunks if len(ids) == 1 else id_lists).append(ids[0])
+                odd = odd or len(ids) > 2 or len(ids[0]) % id_bytes != 0
+    except (ValueError, TypeError, LookupError, msgpack.UnpackException, RecursionError):
         odd = True
-    if not odd and len(data) <= PART_BYTES_MAX:
-        return chunks, id_lists
+    if not odd:
+        return b"".join(chunks), b"".join(id_lists)
     entries = decode_part(data, id_bytes=id_bytes, where=where)
     return b"".join(entry.chunks or b"" for entry in entries), b"".join(entry.id_lists or b"" for entry in entries)
 

@@ -28,6 +28,7 @@ def report_losses(
     Chunks in `explained` were named before. A record that lacks nothing but its base goes with the base.
     """
     touched = _Touched(parts, snapshots, needs, survey, thinnings)
+    baseless = 0
     for fault in survey.faults:
         chunk_id = fault.row.chunk_id
         if touched.goes_with_base(fault):
@@ -35,14 +36,16 @@ def report_losses(
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
             findings.problem("record", fault.name, fault.message, affected, chunks=[chunk_id], offset=fault.row.offset)
-            continue
-        why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
-        message = f"{fault.message}; nothing is lost: {why}"
-        if fault.base_id is not None and fault.base_id not in survey.depths:
-            # Left over where a chunk was saved again and the base of its older record collected: as it must be.
-            findings.note(f"{fault.name}: {message}")
+        elif fault.base_id is not None and fault.base_id not in survey.depths:
+            baseless += 1  # garbage, or left over where a chunk was saved again: gc keeps the bases of what is needed
         else:
+            why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
+            message = f"{fault.message}; nothing is lost: {why}"
             findings.problem("record", fault.name, message, chunks=[chunk_id], offset=fault.row.offset)
+    if baseless:
+        findings.note(
+            f"{baseless} differences that no snapshot needs have lost their base; gc frees them with their packs"
+        )
     recorded = {fault.row.chunk_id for fault in survey.faults}
     _report_absent(sorted(touched.lost - recorded - set(explained)), touched, findings)
     for fault in survey.faults:

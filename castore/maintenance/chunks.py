@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
 
 from castore.errors import DamageError
 from castore.format.pack import Row
@@ -29,6 +30,19 @@ class ChunkReader:
             return self._handle.store.get(chunk_id)
         except DamageError:
             return self._by_tables().get(chunk_id)
+
+    def get_many(self, chunk_ids: Sequence[ChunkId]) -> Iterator[bytearray]:
+        """The raw bytes of each, looked up together. Raises DamageError."""
+        store = self._handle.store
+        located = store.locate(chunk_ids)
+        for chunk_id in chunk_ids:
+            locations = located[chunk_id]
+            raw = bytearray(locations[0].row.raw_bytes if locations else 0)
+            try:
+                store.read_into(chunk_id, locations, memoryview(raw))
+            except DamageError:
+                raw = self._by_tables().get(chunk_id)
+            yield raw
 
     def read_base(self, row: Row, *, where: str) -> memoryview:
         """The raw bytes of the base of a record, in memory of this thread as `ChunkStore.read_base` says."""

@@ -4,15 +4,16 @@ In this order:
 
 1. the parents as the damaged file still spells them, when each is a snapshot that is there or was forgotten: an id of
    128 bits does not occur by chance;
-2. the newest snapshot of the same branch that nothing reaches any more and that nothing else continues: the end that
-   was cut off. The branch is that of a snapshot that names the unreadable one as its parent.
+2. every older snapshot of the same branch that nothing on the branch continues, the newest first: one of them is the
+   end that was cut off. The branch is that of the oldest snapshot that names the unreadable one as its parent.
 
-The second is a guess. It can only join what is cut off, so at worst it keeps too much.
+The second is a guess that keeps too much rather than too little: among the others may be losers of conflicts and ends
+that the branch was moved away from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 
 import msgpack
 
@@ -22,7 +23,6 @@ from castore.format.layout import snapshot_name
 from castore.ids import SNAPSHOT_ID_DIGITS, SnapshotId, is_hex
 from castore.marks import Forgotten, forgotten_ids, read_forgotten
 from castore.options import SNAPSHOT_BYTES_MAX
-from castore.refs import list_branches, list_tags
 from castore.snapshots import list_snapshot_ids, read_record
 
 _PARENTS_KEY = b"\xa7parents"
@@ -40,12 +40,11 @@ def infer_mark(backend: Backend, snapshot_id: SnapshotId, *, why: CastoreError, 
     if gone and not children:
         raise why
     spelled = _spelled_parents(backend, snapshot_id)
-    branch = known.snapshots[children[0]].branch if children else ""
+    branch = min((known.snapshots[child] for child in children), key=_age).branch if children else ""
     if spelled and all(parent in known.snapshots or parent in known.present for parent in spelled):
         parents, how = spelled, "as its file still spells them"
     else:
-        end = known.cut_off_end(snapshot_id, children, branch)
-        parents, how = (() if end is None else (end,)), "inferred from what was cut off"
+        parents, how = known.ends(snapshot_id, children, branch), "inferred from what was cut off"
     what = "gone" if gone else f"damaged ({type(why).__name__})"
     return Forgotten(snapshot_id, parents, branch, None, 0, now_ns, f"by name: {what}; parents {how}")
 
@@ -85,20 +84,18 @@ class _Known:
             found = _read(backend, snapshot_id)
             if found is not None:
                 self.snapshots[snapshot_id] = found
-        self._heads = [ref.snapshot_id for ref in (*list_branches(backend), *list_tags(backend))]
 
-    def cut_off_end(self, snapshot_id: SnapshotId, children: Iterable[SnapshotId], branch: str) -> SnapshotId | None:
-        """The newest snapshot of the branch, older than all children, that no ref and no other snapshot reaches."""
-        before_ns = min((self.snapshots[child].time_ns for child in children), default=0)
-        reached = _reached(self._heads, self.snapshots)
-        unreached = {found: mark for found, mark in self.snapshots.items() if found not in reached}
-        continued = {parent for mark in unreached.values() for parent in mark.parents}
+    def ends(self, snapshot_id: SnapshotId, children: Sequence[SnapshotId], branch: str) -> tuple[SnapshotId, ...]:
+        """Snapshots of the branch, older than all children, that nothing on the branch continues; newest first."""
+        before_ns = min((self.snapshots[child].time_ns for child in children), default=-1)
+        on_branch = [mark for mark in self.snapshots.values() if mark.branch == branch]
+        continued = {parent for mark in on_branch for parent in mark.parents}
         ends = [
             mark
-            for found, mark in unreached.items()
-            if mark.branch == branch and mark.time_ns <= before_ns and found not in continued and found != snapshot_id
+            for mark in on_branch
+            if mark.time_ns <= before_ns and mark.snapshot_id not in continued | {snapshot_id, *children}
         ]
-        return max(ends, key=lambda mark: mark.time_ns).snapshot_id if ends else None
+        return tuple(mark.snapshot_id for mark in sorted(ends, key=_age, reverse=True))
 
 
 def _read(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | None:
@@ -113,12 +110,5 @@ def _read(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | None:
         return None
 
 
-def _reached(heads: Iterable[SnapshotId], snapshots: Mapping[SnapshotId, Forgotten]) -> set[SnapshotId]:
-    reached: set[SnapshotId] = set()
-    pending = list(heads)
-    while pending:
-        snapshot_id = pending.pop()
-        if snapshot_id in snapshots and snapshot_id not in reached:
-            reached.add(snapshot_id)
-            pending.extend(snapshots[snapshot_id].parents)
-    return reached
+def _age(mark: Forgotten) -> int:
+    return mark.time_ns

@@ -60,8 +60,8 @@ class Keep:
     def __post_init__(self) -> None:
         best = self.best if not self.best or isinstance(self.best[0], tuple) else (self.best,)
         object.__setattr__(self, "best", tuple(tuple(rule) for rule in best))
-        if isinstance(self.branches, str):
-            raise UsageError(f"keep branches: expected a sequence of patterns, found the text {self.branches!r}")
+        if isinstance(self.branches, str) or not all(isinstance(pattern, str) for pattern in self.branches):
+            raise UsageError(f"keep branches: expected a sequence of patterns, found {self.branches!r}")
         object.__setattr__(self, "branches", tuple(self.branches))
         if self.within is not None:
             object.__setattr__(self, "within", duration_text(self.within))

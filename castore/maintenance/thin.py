@@ -3,24 +3,24 @@
     lease → read history → choose by age → look at each manifest → one overlay for each (durable) → read the refs again
 
 Nothing is rewritten: snapshot, id, refs and manifest stay, and undelete takes an overlay away again while the bytes are
-there. Branch heads and tagged snapshots stay whole. Age counts snapshots: the head of a branch is 0 old, the one before
-it 1, forgotten ones left out; or it is a duration before the newest of the branch. On several branches, a snapshot is
-as old as on the one where it is youngest.
+there. Branch heads and tagged snapshots stay whole. Age counts snapshots: older than 20 is what lies behind the newest
+20 of its branch, forgotten ones not counted. Or it is a duration before the newest of the branch. On several branches,
+a snapshot is as old as on the one where it is youngest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from castore.errors import PathNotFoundError, UsageError
+from castore.errors import DamageError, PathNotFoundError, UsageError
 from castore.format.manifest import Entry, Kind
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
-from castore.maintenance.lines import History, read_history
+from castore.maintenance.lines import read_history
 from castore.maintenance.retention import Duration, Line, duration_ns
-from castore.marks import Thinning, read_thinning, thin_snapshot, thinnings, unthin_snapshot
+from castore.marks import Thinning, read_thinning, thin_snapshot, unthin_snapshot
 from castore.refs import list_branches, list_tags, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
@@ -100,12 +100,14 @@ def thin_old(
     *,
     older_than: Age,
     must_match: bool = True,
+    leave_out: Collection[SnapshotId] = (),
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ThinReport:
     """Thin every snapshot of a line that is old enough. See `Repository.thin`.
 
-    `must_match` makes globs that match no leaf of any of them a PathNotFoundError: a typo would go unseen.
+    `must_match` makes globs that match no leaf of any of them a PathNotFoundError: a typo would go unseen. `leave_out`
+    is what a dry run would forget before.
     """
     globs = check_globs(globs)
     check_age(older_than)
@@ -113,7 +115,8 @@ def thin_old(
     def choose() -> tuple[Sequence[SnapshotId], Mapping[SnapshotId, str]]:
         history = read_history(handle.backend)
         named = {**_texts("tag", history.tags), **_texts("head of", history.heads)}
-        old = [found for found in _older(history, older_than) if found not in named]
+        lines = [_without(line, leave_out) for line in history.lines]
+        old = [found for found in _older(lines, older_than) if found not in named]
         return old, named
 
     return _thin(handle, globs, choose, must_match=must_match, dry_run=dry_run, progress=progress)
@@ -139,12 +142,16 @@ def _texts(kind: str, named: Mapping[SnapshotId, Sequence[str]]) -> dict[Snapsho
     return {snapshot_id: f"{kind} {names[0]}" for snapshot_id, names in named.items()}
 
 
-def _older(history: History, older_than: Age) -> list[SnapshotId]:
+def _without(line: Line, leave_out: Collection[SnapshotId]) -> Line:
+    return replace(line, snapshots=tuple(found for found in line.snapshots if found.snapshot_id not in leave_out))
+
+
+def _older(lines: Sequence[Line], older_than: Age) -> list[SnapshotId]:
     """Snapshots that are old enough on every line that they are on, in the order of the lines."""
-    old = [_old_of(line, older_than) for line in history.lines]
+    old = [_old_of(line, older_than) for line in lines]
     young = {
         found.snapshot_id
-        for line, aged in zip(history.lines, old, strict=True)
+        for line, aged in zip(lines, old, strict=True)
         for found in line.snapshots
         if found.snapshot_id not in aged
     }
@@ -170,7 +177,8 @@ def _thin(
 ) -> ThinReport:
     def planned() -> tuple[ThinReport, Mapping[SnapshotId, str]]:
         chosen, named = choose()
-        return _planned(handle, chosen, globs, must_match=must_match, progress=progress), named
+        report = _planned(handle, chosen, globs, must_match=must_match, mend=not named, progress=progress)
+        return report, named
 
     if dry_run:
         return planned()[0]
@@ -178,7 +186,7 @@ def _thin(
     now_ns = handle.clock()
     with writer_lease(handle.backend, purpose="thin", now_ns=now_ns):
         report, named = planned()
-        before = {choice.snapshot_id: read_thinning(handle.backend, choice.snapshot_id) for choice in report.thinned}
+        before = {choice.snapshot_id: _overlay(handle, choice.snapshot_id, mend=not named) for choice in report.thinned}
         for choice in report.thinned:
             thin_snapshot(handle.backend, Thinning(choice.snapshot_id, choice.dropped, now_ns))
         return _yielded(handle, replace(report, dry_run=False), before, named)
@@ -190,14 +198,14 @@ def _planned(
     globs: tuple[str, ...],
     *,
     must_match: bool,
+    mend: bool,
     progress: Progress | None,
 ) -> ThinReport:
-    overlays = thinnings(handle.backend)
     thinned: list[ThinChoice] = []
     skipped: dict[SnapshotId, str] = {}
     matched = False
     for count, snapshot_id in enumerate(chosen, start=1):
-        overlay = overlays.get(snapshot_id)
+        overlay = _overlay(handle, snapshot_id, mend=mend)
         earlier = overlay.dropped if overlay is not None else ()
         if set(globs) <= set(earlier):
             matched = True  # it was thinned like this before, because they matched
@@ -216,6 +224,16 @@ def _planned(
             "lists the paths"
         )
     return ThinReport(tuple(thinned), tuple(skipped.items()), dry_run=True)
+
+
+def _overlay(handle: Handle, snapshot_id: SnapshotId, *, mend: bool) -> Thinning | None:
+    """The overlay so far. A damaged one is only written anew for a snapshot that was named, by globs that say all."""
+    try:
+        return read_thinning(handle.backend, snapshot_id)
+    except DamageError:
+        if mend:
+            return None
+        raise
 
 
 def _choice(

@@ -102,12 +102,13 @@ class HookedBackend:
         if not callable(value) or attribute == "local_path":
             return value
 
-        def call(name: str, *args: Any, **options: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            name = args[0] if args else ""
             if not self._muted:
                 self.calls.append((attribute, name))
                 with self._quiet():
                     self.hook(attribute, name)
-            return value(name, *args, **options)
+            return value(*args, **options)
 
         return call
 

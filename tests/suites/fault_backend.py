@@ -63,7 +63,7 @@ CACHE_PREFIX = "cache/"
 
 WRITING_OPERATIONS = frozenset(
     {"put_if_absent", "create_stream", "write", "flush_hint", "commit", "abort"}
-    | {"delete", "move", "compare_and_swap", "claim", "release"}
+    | {"delete", "move", "compare_and_swap", "claim", "renew", "release"}
 )
 
 
@@ -360,6 +360,11 @@ class FaultClaim:
     @property
     def name(self) -> str:
         return self._inner.name
+
+    def renew(self, data: bytes) -> None:
+        with self._backend._call("renew", self.name):
+            self._inner.renew(data)
+            self._backend._claims[self.name] = data
 
     def release(self) -> None:
         if self.name in self._backend._claims:

@@ -10,7 +10,6 @@ kept in the repository, which a collector removes when it meets a full disk, and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,10 +18,8 @@ from typing import TypeVar
 from castore.backend.base import Backend
 from castore.errors import CastoreError, LeaseError, NoSpaceError
 from castore.format.layout import COLLECTOR_SUFFIX, GC, RESERVE, new_collector_name
-from castore.ids import RandomBytes
 from castore.leases import LeaseInfo, claim_text, list_claims
 from castore.maintenance.gc.writers import Watch
-from castore.options import GC_RESERVE_BYTES
 
 Result = TypeVar("Result")
 
@@ -53,13 +50,6 @@ def with_reserve(backend: Backend, write: Callable[[], Result]) -> Result:
         if not backend.delete(RESERVE):
             raise
     return write()
-
-
-def restore_reserve(backend: Backend, *, random_bytes: RandomBytes = os.urandom) -> None:
-    """Make the reserve when it is missing. Where there is no space for it, the next collection does."""
-    if backend.stat(RESERVE) is None:
-        with suppress(CastoreError):
-            backend.put_if_absent(RESERVE, random_bytes(GC_RESERVE_BYTES))  # noise: file systems do not shrink it
 
 
 def _others(backend: Backend, own_name: str) -> list[LeaseInfo]:

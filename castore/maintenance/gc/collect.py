@@ -2,6 +2,7 @@
 
     claim      collectors exclude each other
     look       packs, then leases, then roots: refs, ancestors, orphans within their grace; walk their manifests
+    rebase     bases that only differences need, where that frees more than it costs (rebase.py)
     plan       dead snapshots; packs in which nothing is live, and packs in which little is (plan.py); a dry run ends
     condemn    durably, for good: from now on no writer relies on these packs, nobody makes these snapshots roots
     drain      wait for the writers that are older than the condemnation; what they hold up is left to the next run
@@ -32,20 +33,22 @@ from castore.errors import UsageError
 from castore.format.layout import drain_name, orphan_name, snapshot_name, thin_name
 from castore.ids import PackId, SnapshotId
 from castore.leases import Condemned, LeaseInfo, condemn, read_condemned
-from castore.maintenance.gc.claim import collector_claim, restore_reserve, with_reserve
+from castore.maintenance.gc.claim import collector_claim, with_reserve
 from castore.maintenance.gc.litter import (
     remove_dead_leases,
     remove_marks,
     remove_stale_drains,
+    remove_stale_marks,
     remove_temporaries,
 )
 from castore.maintenance.gc.plan import PackPlan, plan_packs
+from castore.maintenance.gc.rebase import RebasePlan, plan_rebase, rebase
 from castore.maintenance.gc.report import GcReport, Pending
 from castore.maintenance.gc.survey import Progress, Survey
 from castore.maintenance.gc.sweep import Sweeper, Swept
 from castore.maintenance.gc.writers import Watch, older_leases
 from castore.options import COLLECT_SPACE_BYTES_MIN, REPACK_BELOW, REPACK_BYTES_MAX
-from castore.repository import Handle
+from castore.repository import Handle, make_reserve
 from castore.store import pack_sizes
 
 _PINNED_SHOWN_MAX = 10
@@ -96,19 +99,31 @@ def collect(
     if request.dry_run:
         survey = Survey(handle, progress=progress)
         plan = _plan(handle, survey, request)
-        return _dry_report(survey, plan)
+        return _dry_report(survey, plan, _plan_rebase(handle, survey, request))
     with collector_claim(handle.backend, watch, now_ns=handle.clock()) as claim_name:
         return _Collection(handle, request, watch, progress, claim_name).run()
+
+
+def _space_bytes(handle: Handle) -> int | None:
+    """What copies may take of the free space; None when that is not known."""
+    free_bytes = handle.backend.free_bytes()
+    return None if free_bytes is None else max(0, free_bytes - COLLECT_SPACE_BYTES_MIN)
+
+
+def _plan_rebase(handle: Handle, survey: Survey, request: GcRequest) -> RebasePlan:
+    space_bytes = _space_bytes(handle)
+    limit = request.repack_bytes_max if space_bytes is None else min(request.repack_bytes_max, space_bytes)
+    return plan_rebase(survey.ledger.pinned_trees() if request.repack_below else (), written_bytes_max=limit)
 
 
 def _plan(handle: Handle, survey: Survey, request: GcRequest) -> PackPlan:
     """Copies must fit the disk beside what is there: what dies without copying makes room first."""
     states = survey.pack_states()
     limit = request.repack_bytes_max
-    free_bytes = handle.backend.free_bytes()
-    if free_bytes is not None:
+    space_bytes = _space_bytes(handle)
+    if space_bytes is not None:
         dead_bytes = sum(state.pack_bytes for state in states if state.live_bytes == 0 and not state.untouchable)
-        limit = min(limit, max(0, free_bytes + dead_bytes - COLLECT_SPACE_BYTES_MIN))
+        limit = min(limit, space_bytes + dead_bytes)
     return plan_packs(states, repack_below=request.repack_below, copied_bytes_max=limit)
 
 
@@ -124,11 +139,13 @@ class _Collection:
         self._claim_name = claim_name
         self._pending: list[Pending] = []
         self._freed_bytes = 0
+        self._rebased_bytes = 0
         self._removed: dict[SnapshotId, str] = {}
 
     def run(self) -> GcReport:
         """All phases."""
         survey = Survey(self._handle, progress=self._progress)
+        self._rebase(survey)
         plan = _plan(self._handle, survey, self._request)
         self._condemn(survey, plan)
         condemned = read_condemned(self._backend)
@@ -144,8 +161,20 @@ class _Collection:
             self._remove_files(drained)
         litter = self._clean(survey)
         self._explain(survey, plan, swept, waiting)
-        restore_reserve(self._backend)
+        make_reserve(self._backend)
         return self._report(survey, swept, litter)
+
+    def _rebase(self, survey: Survey) -> None:
+        """Free pinned bases, so that the plan finds them dead."""
+        plan = _plan_rebase(self._handle, survey, self._request)
+        if plan.trees:
+            before = survey.ledger.by_pack().sum()
+            trees = len(plan.trees)
+            self._freed_bytes -= rebase(
+                self._handle, survey.ledger, plan, advance=lambda done: self._progress("rebasing", done, trees)
+            )
+            survey.add_new_packs()
+            self._rebased_bytes = int(before - survey.ledger.by_pack().sum())
 
     def _condemn(self, survey: Survey, plan: PackPlan) -> None:
         """What is condemned already is left out: it is in the file of an earlier run."""
@@ -215,7 +244,7 @@ class _Collection:
         temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
-        marks = remove_marks(backend, survey.roots.stale_marks)
+        marks = remove_stale_marks(backend, survey.roots)
         if young is not None:
             self._pending.append(young)
         if leases:
@@ -251,6 +280,7 @@ class _Collection:
             packs_rewritten=tuple(pack.pack_id for pack in swept.rewritten),
             freed_bytes=self._freed_bytes,
             copied_bytes=swept.copied_bytes,
+            rebased_bytes=self._rebased_bytes,
             pending=tuple(self._pending),
             **_account(survey, gone={pack.pack_id for pack in (*swept.deleted, *swept.rewritten)}),
             total_bytes=sum(pack_sizes(self._backend).values()),
@@ -258,7 +288,7 @@ class _Collection:
         )
 
 
-def _dry_report(survey: Survey, plan: PackPlan) -> GcReport:
+def _dry_report(survey: Survey, plan: PackPlan, rebase_plan: RebasePlan) -> GcReport:
     going = {pack.pack_id for pack in plan.going}
     freed_bytes = sum(pack.pack_bytes for pack in plan.going) - plan.copied_bytes
     return GcReport(
@@ -268,6 +298,7 @@ def _dry_report(survey: Survey, plan: PackPlan) -> GcReport:
         packs_rewritten=tuple(pack.pack_id for pack in plan.rewritten),
         freed_bytes=freed_bytes,
         copied_bytes=plan.copied_bytes,
+        rebased_bytes=rebase_plan.freed_bytes,
         pending=(*_unplanned(plan), *_in_grace(survey)),
         **_account(survey, gone=going),
         total_bytes=sum(pack.pack_bytes for pack in survey.ledger.packs) - freed_bytes,
@@ -284,10 +315,10 @@ def _account(survey: Survey, *, gone: Collection[PackId]) -> dict[str, Any]:
         "live_bytes": int(ledger.by_pack().sum()),
         "pinned_bytes": int(ledger.by_pack(pinned=True).sum()),
         "pinned_by": {survey.snapshots[owner]: count_bytes for owner, count_bytes in pinned},
-        "rebased_bytes": 0,
         "wasted_bytes": sum(state.wasted_bytes for state in states if state.pack_id not in gone),
         "snapshot_count": len(survey.roots.live),
         "chunk_count": ledger.live_count,
+        "ledger_bytes": ledger.nbytes,
     }
 
 

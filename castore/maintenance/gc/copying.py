@@ -15,7 +15,7 @@ from castore.codec.registry import decode_chain
 from castore.errors import ChecksumError, CodecError, DamageError, StorageError
 from castore.format.layout import pack_name
 from castore.format.pack import PackHeader, Row, check_row
-from castore.ids import new_pack_id
+from castore.ids import Buffer, new_pack_id
 from castore.maintenance.chunks import ChunkReader
 from castore.options import GRID_BYTES
 from castore.pack.writer import PackWriter, SealedPack
@@ -62,10 +62,13 @@ class Copier:
             self._copy_run(reader, unit.rows, where=where)
             return
         (row,) = unit.rows
-        stored = self.verified(reader, row, where=where)
+        self.append(row, self.verified(reader, row, where=where))
+
+    def append(self, row: Row, payload: Buffer) -> None:
+        """Append a record that was proven: `row` says all of it but its place and checksum."""
         self._open().append(
             row.chunk_id,
-            stored,
+            payload,
             kind=row.kind,
             raw_bytes=row.raw_bytes,
             chain=row.chain,

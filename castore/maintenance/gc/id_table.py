@@ -25,7 +25,7 @@ _ABSENT = -1
 
 
 class IdTable:
-    """Numbers ids in the order in which they are first seen."""
+    """Numbers ids from 0 on, in no order."""
 
     def __init__(self, id_bytes: int) -> None:
         self._ids: Words = np.zeros((0, id_bytes // 8), np.uint64)

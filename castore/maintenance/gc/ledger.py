@@ -12,7 +12,7 @@ a kept record's base has a kept record that is less deep.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -43,6 +43,25 @@ class PackFile:
     """Why its table cannot be trusted; empty when it can. Such a pack is never touched."""
     first_row: int
     row_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Kept records that rest on each other, some of them only for the others' sake."""
+
+    reference: int
+    """The record whose chunk the others become differences from: one that is needed by itself."""
+    rewritten: tuple[int, ...]
+    """Records to store anew; the reference among them when it rests on what is pinned."""
+    replaced_bytes: int
+    """Of the pinned records and of those rewritten."""
+    written_bytes: int
+    """What storing anew is expected to take: the reference as much as the root does."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """Expected gain."""
+        return self.replaced_bytes - self.written_bytes
 
 
 class Ledger:
@@ -246,6 +265,58 @@ class Ledger:
         sizes = self.record_bytes(pinned)
         owners = owner[chunk[pinned]]
         return {int(found): int(sizes[owners == found].sum()) for found in np.unique(owners)}
+
+    def bytes_by_owner(self, count: int) -> npt.NDArray[np.int64]:
+        """By owner: bytes of kept records that would not be needed without it and all owners after it."""
+        chunk, base, depth = self._chunk.values, self._base.values, self._depth.values
+        kept = np.flatnonzero(self._kept.values)
+        owner = np.where(self._owner.values < 0, np.int32(count), self._owner.values)
+        for level in range(int(depth[kept].max(initial=0)), 0, -1):
+            rows = kept[(depth[kept] == level) & (base[kept] >= 0)]
+            np.minimum.at(owner, base[rows], owner[chunk[rows]])
+        weights = self.record_bytes(kept).astype(np.float64)
+        return np.bincount(owner[chunk[kept]], weights=weights, minlength=count)[:count].astype(np.int64)
+
+    def pinned_trees(self) -> Iterator[Tree]:
+        """Every tree that pins something, and how it could do without."""
+        chunk, base, depth, best = self._chunk.values, self._base.values, self._depth.values, self._best.values
+        kept = np.flatnonzero(self._kept.values)
+        direct = (self._flags.values[chunk[kept]] & _DIRECT) != 0
+        if direct.all():
+            return
+        root = kept.copy()
+        for _ in range(int(depth[kept].max(initial=0))):
+            above = base[root] >= 0
+            below = best[base[root[above]]]
+            root[above] = np.where(below >= 0, below, root[above])
+        pinning = np.flatnonzero(np.isin(root, root[~direct]) & (base[root] < 0))
+        order = pinning[np.lexsort((depth[kept[pinning]], root[pinning]))]
+        starts = np.flatnonzero(np.diff(root[order], prepend=_NONE))
+        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+            members = order[start:stop]
+            tree = self._tree(int(root[members[0]]), kept[members].tolist(), direct[members].tolist())
+            if tree is not None:
+                yield tree
+
+    def _tree(self, root: int, rows: list[int], direct: list[bool]) -> Tree | None:
+        """How to store one tree anew, least deep records first."""
+        needed = [row for row, is_direct in zip(rows, direct, strict=True) if is_direct]
+        pinned = [row for row, is_direct in zip(rows, direct, strict=True) if not is_direct]
+        if not needed or root not in rows:
+            return None  # the records are not those that are relied on: an odd tree is left alone
+        is_root_needed = root in needed
+        reference = root if is_root_needed else needed[0]
+        chunks_pinned = {self.chunk_of(row) for row in pinned}
+        rewritten = [row for row in needed if not is_root_needed or self.base_of(row) in chunks_pinned]
+        replaced_bytes = sum(self.stored_of(row) for row in (*pinned, *rewritten))
+        written_bytes = sum(self.stored_of(row) for row in rewritten)
+        if not is_root_needed:
+            written_bytes += self.stored_of(root) - self.stored_of(reference)
+        return Tree(reference, tuple(rewritten), replaced_bytes, written_bytes)
+
+    def kept_by_pack(self) -> npt.NDArray[np.int64]:
+        """By pack: kept records."""
+        return np.bincount(self._pack.values[self._kept.values], minlength=len(self.packs))
 
     def by_pack(self, *, pinned: bool = False) -> npt.NDArray[np.int64]:
         """By pack: bytes of kept records; with `pinned` only of those that nothing but differences needs."""

@@ -10,7 +10,9 @@ from castore.format.layout import DRAIN_SUFFIX, GC, LEASES, drain_name
 from castore.leases import list_leases, read_condemned
 from castore.maintenance.gc.report import Pending
 from castore.maintenance.gc.writers import Watch
+from castore.marks import replace_forgotten
 from castore.refs import delete_ref_file
+from castore.roots import Roots
 
 _EVER_NS = (1 << 63) - 1
 
@@ -50,6 +52,15 @@ def remove_stale_drains(backend: Backend) -> None:
     for info in list(backend.list(GC)):
         if info.name.endswith(DRAIN_SUFFIX) and info.name not in wanted:
             backend.delete(info.name)
+
+
+def remove_stale_marks(backend: Backend, roots: Roots) -> int:
+    """Draw rows of tombstones together, then remove the marks that say nothing any more; returns their number.
+
+    In this order, and nothing is removed when somebody changed one meanwhile: history must not end in between.
+    """
+    contracted = [replace_forgotten(backend, new, expected=old) for old, new in roots.contracted.values()]
+    return remove_marks(backend, roots.stale_marks) if all(contracted) else 0
 
 
 def remove_marks(backend: Backend, names: Iterable[str]) -> int:

@@ -14,7 +14,7 @@ from castore.errors import DamageError, FormatError
 from castore.format.manifest import Entry, Kind, decode_part, part_references
 from castore.format.pack_columns import as_words
 from castore.format.snapshot import SnapshotRecord
-from castore.ids import ChunkId, SnapshotId
+from castore.ids import Buffer, ChunkId, SnapshotId
 from castore.losses import read_losses
 from castore.maintenance.chunks import ChunkReader
 from castore.maintenance.gc.ledger import Ledger
@@ -79,8 +79,11 @@ class Marker:
         owner = len(self.snapshots)
         self.snapshots.append(snapshot_id)
         if thinning is None:
-            for part_id in self._unwalked(record.part_ids):
-                self._note(*self._read(part_id))
+            fresh = self._unwalked(record.part_ids)
+            found = map(self._get, fresh) if self._lost else self._chunks.get_many(fresh)
+            for part_id, raw in zip(fresh, found, strict=True):
+                if raw:
+                    self._note(*self._named(part_id, raw))
         else:
             self._add_thinned(record.part_ids, thinning)
         self._note(b"".join(record.part_ids))
@@ -92,12 +95,9 @@ class Marker:
         fresh = self._ledger.walk(self._ledger.chunks(as_words(b"".join(distinct), self._id_bytes)))
         return [distinct[place] for place in np.flatnonzero(fresh)]
 
-    def _read(self, part_id: ChunkId) -> list[bytes]:
+    def _named(self, part_id: ChunkId, raw: Buffer) -> list[bytes]:
         """Ids that a part names, those of its id lists and what these name included."""
         where = f"manifest part {part_id.hex()}"
-        raw = self._get(part_id)
-        if not raw:
-            return []
         chunks, id_lists = part_references(raw, id_bytes=self._id_bytes, where=where)
         lists = [bytes(self._get(list_id)) for list_id in split_ids(id_lists, self._id_bytes)]
         if any(len(ids) % self._id_bytes for ids in lists):

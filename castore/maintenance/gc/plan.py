@@ -17,13 +17,15 @@ class PackState:
     pack_bytes: int
     live_bytes: int
     """Of its records that are relied on."""
+    dead_count: int
+    """Records that are not."""
     untouchable: str = ""
     """Why it must be left as it is: empty when it need not."""
 
     @property
     def wasted_bytes(self) -> int:
-        """What rewriting would free; 0 for a pack whose records are all live."""
-        return max(0, self.pack_bytes - HEADER_BYTES - TRAILER_BYTES - self.live_bytes)
+        """What rewriting would free; nothing in a pack whose records are all live, whatever it has of padding."""
+        return self.dead_count and max(0, self.pack_bytes - HEADER_BYTES - TRAILER_BYTES - self.live_bytes)
 
     @property
     def live_share(self) -> float:

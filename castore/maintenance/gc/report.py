@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from castore.ids import PackId, SnapshotId
 
-PendingKind = Literal["writer", "grace", "space", "damage", "limit", "temporary"]
+PendingKind = Literal["writer", "grace", "space", "damage", "limit", "temporary", "target"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Pending:
     kind: PendingKind
     """writer: a lease is older than the condemnation. grace: an orphan may still be adopted. space: no room to copy out
     what is live. damage: a record that is needed cannot be read. limit: more would be rewritten than one collection
-    may. temporary: a file may still be being written."""
+    may. temporary: a file may still be being written. target: the size that was asked for is not reached."""
     message: str
     bytes: int = 0
     """Of the files concerned; 0 where that is not known."""
@@ -60,6 +60,8 @@ class GcReport:
     """Live ones."""
     chunk_count: int
     """Distinct live chunks, bases included."""
+    ledger_bytes: int
+    """Memory that the marks took."""
     notes: tuple[str, ...]
     """What else is worth knowing: litter that was removed, history that is missing, damage."""
 

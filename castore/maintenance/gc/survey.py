@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from castore.errors import DamageError
 from castore.format.layout import snapshot_name
@@ -26,12 +26,15 @@ Progress = Callable[[str, int, int], None]
 class Survey:
     """What is there and what is needed. Belongs to one thread."""
 
-    def __init__(self, handle: Handle, *, progress: Progress) -> None:
-        """Look. Raises DamageError when it cannot be known what is needed, StorageError or RepositoryAccessError."""
+    def __init__(self, handle: Handle, *, progress: Progress, last: Sequence[SnapshotId] = ()) -> None:
+        """Look; snapshots in `last` are marked after all others, in that order. Raises DamageError when it cannot be
+        known what is needed, StorageError or RepositoryAccessError.
+        """
         self.ledger = Ledger(handle.hasher.digest_bytes)
         self.notes: list[str] = []
         self._handle = handle
         self._progress = progress
+        self._last = last
         self._marker = Marker(handle, self.ledger)
         # In this order: a pack of a save that ended in between is then seen with its snapshot, and one of a save that
         # is under way with its lease.
@@ -52,6 +55,11 @@ class Survey:
         self.roots, self.dead = self._look_at_roots()
         self._add_packs(list_new_packs(self._handle, self.ledger))
 
+    def add_new_packs(self) -> None:
+        """Take packs into account that this collection has written."""
+        self._add_packs(list_new_packs(self._handle, self.ledger))
+        self.settle(self._condemned)
+
     def settle(self, going: Iterable[PackId]) -> None:
         """Decide which records are relied on when these packs are going."""
         self.ledger.settle(going)
@@ -63,10 +71,10 @@ class Survey:
 
     def pack_states(self) -> list[PackState]:
         """Every pack that is not condemned yet."""
-        live = self.ledger.by_pack().tolist()
+        live, kept = self.ledger.by_pack().tolist(), self.ledger.kept_by_pack().tolist()
         return [
-            PackState(pack.pack_id, pack.pack_bytes, live_bytes, self._untouchable(pack))
-            for pack, live_bytes in zip(self.ledger.packs, live, strict=True)
+            PackState(pack.pack_id, pack.pack_bytes, live_bytes, pack.row_count - kept_count, self._untouchable(pack))
+            for pack, live_bytes, kept_count in zip(self.ledger.packs, live, kept, strict=True)
             if pack.pack_id not in self._condemned
         ]
 
@@ -95,6 +103,7 @@ class Survey:
             spared = self._spare_unreached(roots)
             live |= spared
             dead = {found: why for found, why in dead.items() if found not in spared}
+        live |= {found: live.pop(found) for found in self._last if found in live}
         done = 0
 
         def step() -> None:
