@@ -36,8 +36,8 @@ def report_losses(
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
             findings.problem("record", fault.name, fault.message, affected, chunks=[chunk_id], offset=fault.row.offset)
-        elif fault.base_ids:
-            baseless += 1  # garbage: gc keeps the bases of what is needed, and of nothing else
+        elif set(fault.base_ids) - survey.depths.keys():
+            baseless += 1  # garbage, or left over where a chunk was saved again: gc keeps the bases of what is needed
         else:
             why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
             message = f"{fault.message}; nothing is lost: {why}"

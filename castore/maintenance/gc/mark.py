@@ -80,8 +80,10 @@ class Marker:
         self.snapshots.append(snapshot_id)
         if thinning is None:
             fresh = self._unwalked(record.part_ids)
-            for part_id, raw in zip(fresh, self._chunks.get_many(fresh), strict=True):
-                self._note(*self._named(part_id, raw))
+            found = map(self._get, fresh) if self._lost else self._chunks.get_many(fresh)
+            for part_id, raw in zip(fresh, found, strict=True):
+                if raw:
+                    self._note(*self._named(part_id, raw))
         else:
             self._add_thinned(record.part_ids, thinning)
         self._note(b"".join(record.part_ids))
