@@ -351,19 +351,15 @@ class ChunkStore:
         where = f"pack {location.pack_id}, record of chunk {row.chunk_id.hex()} at {row.offset}"
         check_row(row, where=where)
         stored = raw = bytearray(row.stored_bytes)
-        try:
-            self._readers.open(location.pack_id).read_into(row.offset, memoryview(stored))
-            check_stored(row, memoryview(stored), where=where)
-            if row.chain:
-                base = self.read_base(row, where=where) if row.base_ids else None
-                raw = bytearray(row.raw_bytes)
-                decode_chain(row.chain, memoryview(stored), memoryview(raw), base=base)
-            found = self.hasher.digest(raw)
-            if found != row.chunk_id:
-                raise ChecksumError(f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}")
-        except DamageError as error:
-            self.mark_bad(location.pack_id, row, why=str(error))
-            raise
+        self._readers.open(location.pack_id).read_into(row.offset, memoryview(stored))
+        check_stored(row, memoryview(stored), where=where)
+        if row.chain:
+            base = self.read_base(row, where=where) if row.base_ids else None
+            raw = bytearray(row.raw_bytes)
+            decode_chain(row.chain, memoryview(stored), memoryview(raw), base=base)
+        found = self.hasher.digest(raw)
+        if found != row.chunk_id:
+            raise ChecksumError(f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}")
         return stored, raw
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from castore.index import Location
 from castore.leases import condemned_packs
 from castore.pack.writer import SealedPack
 from castore.repository import Handle
-from castore.store import list_packs
+from castore.store import Locations, list_packs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,19 @@ class TargetChunks:
         unknown = wanted - self._stored.keys()
         if unknown:
             found = closure(unknown, self._target.store, self._condemned)
-            if self._check:
-                rotten = [rests_on for rests_on in found.values() if not all(map(self._is_sound, rests_on))]
-                if rotten:  # marked as bad meanwhile: they are passed over
-                    found = closure(unknown, self._target.store, self._condemned)
+            if self._check and not all(self._are_sound(rests_on) for rests_on in found.values()):
+                # What is damaged is passed over from now on; another place of the chunk may be whole.
+                found = closure(unknown, self._target.store, self._condemned)
+                found = {chunk_id: rests_on for chunk_id, rests_on in found.items() if self._are_sound(rests_on)}
             for chunk_id, rests_on in found.items():
                 row = rests_on[0].row
                 base = row.base_ids[0] if self._knows_ids and row.chain == (DELTA,) else None
                 self._stored[chunk_id] = Stored(row.depth, base, rests_on)
         return frozenset(wanted & self._stored.keys())
+
+    def _are_sound(self, locations: Locations) -> bool:
+        sound = [self._is_sound(location) for location in locations]  # all are read: what is damaged must be known
+        return all(sound)
 
     def _is_sound(self, location: Location) -> bool:
         """Whether the stored bytes have their checksum; each record is read once."""
@@ -84,8 +88,7 @@ class TargetChunks:
             try:
                 self._target.store.check(location)
                 self._sound[location] = True
-            except CastoreError as error:
-                self._target.store.mark_bad(location.pack_id, location.row, why=str(error))
+            except CastoreError:
                 self._sound[location] = False
         return self._sound[location]
 
@@ -96,7 +99,7 @@ class TargetChunks:
     def can_carry(self, target_id: ChunkId, *, below: int) -> bool:
         """Whether a record of depth `below` may rest on a chunk that was found: records from before are read first."""
         stored = self._stored[target_id]
-        return stored.depth < below and all(map(self._is_sound, stored.rests_on))
+        return stored.depth < below and self._are_sound(stored.rests_on)
 
     def note(self, target_id: ChunkId, stored: Stored) -> None:
         """This run has put a chunk into a pack."""
