@@ -23,6 +23,7 @@ from castore.errors import (
     CastoreError,
     ConflictError,
     FormatError,
+    LeaseError,
     NotFoundError,
     SnapshotGoneError,
     UnknownRefError,
@@ -33,7 +34,7 @@ from castore.format.layout import CONFIG, snapshot_name
 from castore.format.manifest import Entry
 from castore.format.snapshot import SnapshotRecord, encode_snapshot
 from castore.ids import ChunkId, SnapshotId
-from castore.leases import writer_lease
+from castore.leases import read_condemned, writer_lease
 from castore.manifests import check_paths
 from castore.marks import kept_entries, read_thinning
 from castore.options import SNAPSHOT_BYTES_MAX
@@ -103,10 +104,11 @@ def transfer(
         plan = plan_transfer(source, target, request, MovedSnapshots(source, target))
         return TransferReport(plan, {}, {}, 0, 0, 0, is_dry_run=True)
     now_ns = target.clock()
-    with writer_lease(target.backend, purpose=purpose, now_ns=now_ns):
+    lease_s = target.config.options.lease_s
+    with writer_lease(target.backend, purpose=purpose, now_ns=now_ns, lease_s=lease_s) as lease:
         moved = MovedSnapshots(source, target)
         plan = plan_transfer(source, target, request, moved)
-        meter = _Meter(progress, plan.raw_bytes)
+        meter = _Meter(progress, plan.raw_bytes, beat=lease.beat)
         sender = Sender(
             source,
             target,
@@ -156,6 +158,7 @@ class _Run:
 
     def send_all(self, plan: TransferPlan) -> None:
         """Send what the target lacks; look at the rest too where it cannot be taken for whole unseen."""
+        self._refuse_condemned(plan)
         missing = frozenset(plan.missing)
         for snapshot_id in plan.snapshots:
             if snapshot_id in missing or self._check or self._sender.there.sees_condemned:
@@ -168,6 +171,18 @@ class _Run:
             for snapshot_id in plan.snapshots:
                 self._send(snapshot_id)
             self._publish()
+        self._refuse_condemned(plan)
+
+    def _refuse_condemned(self, plan: TransferPlan) -> None:
+        """A snapshot keeps its name, so it cannot come back under it while a collector may still remove it."""
+        going = frozenset[SnapshotId]().union(*(found.snapshots for found in read_condemned(self._target.backend)))
+        for snapshot_id in plan.snapshots:
+            target_id = self._moved.find(snapshot_id) or snapshot_id
+            if target_id in going:
+                raise LeaseError(
+                    f"snapshot {target_id[:12]} is being collected at {self._target.backend.location}; run "
+                    "`castore gc` there to its end, then push again: what has arrived is not sent twice"
+                )
 
     def _send(self, snapshot_id: SnapshotId) -> None:
         """Send the chunks of one snapshot; its file waits until they are durable."""
@@ -318,13 +333,16 @@ class _Run:
 class _Meter:
     """Bytes done, of those that the plan counted."""
 
-    def __init__(self, progress: Progress | None, total_bytes: int) -> None:
+    def __init__(self, progress: Progress | None, total_bytes: int, *, beat: Callable[[], None]) -> None:
+        """`beat` is called at each step: a sign of life for other hosts."""
         self._progress = progress
+        self._beat = beat
         self._total = total_bytes
         self._done = 0
 
     def advance(self, count_bytes: int) -> None:
         """More was dealt with."""
+        self._beat()
         self._done = min(self._total, self._done + count_bytes)
         if self._progress is not None:
             self._progress(self._done, self._total)

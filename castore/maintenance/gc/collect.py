@@ -39,6 +39,7 @@ from castore.maintenance.gc.litter import (
     remove_marks,
     remove_stale_drains,
     remove_stale_marks,
+    remove_stale_parity,
     remove_temporaries,
 )
 from castore.maintenance.gc.plan import PackPlan, plan_packs
@@ -244,6 +245,8 @@ class _Collection:
         temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
+        parity_bytes = remove_stale_parity(backend)
+        self._freed_bytes += parity_bytes
         marks = remove_stale_marks(backend, survey.roots)
         if young is not None:
             self._pending.append(young)
@@ -251,6 +254,8 @@ class _Collection:
             notes.append(f"removed {leases} leases of writers that died")
         if temporary_bytes:
             notes.append(f"removed temporary files of {temporary_bytes} bytes")
+        if parity_bytes:
+            notes.append(f"removed parity of {parity_bytes} bytes with its packs")
         if marks:
             notes.append(f"removed {marks} marks of snapshots that nothing reaches any more")
         return notes

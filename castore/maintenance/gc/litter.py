@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from castore.backend.base import Backend
 from castore.errors import CastoreError
-from castore.format.layout import DRAIN_SUFFIX, GC, LEASES, drain_name
+from castore.format.layout import DRAIN_SUFFIX, GC, LEASES, drain_name, parity_name
 from castore.leases import list_leases, read_condemned
 from castore.maintenance.gc.report import Pending
 from castore.maintenance.gc.writers import Watch
+from castore.maintenance.parity import stale_parity
 from castore.marks import replace_forgotten
 from castore.refs import delete_ref_file
 from castore.roots import Roots
@@ -52,6 +53,12 @@ def remove_stale_drains(backend: Backend) -> None:
     for info in list(backend.list(GC)):
         if info.name.endswith(DRAIN_SUFFIX) and info.name not in wanted:
             backend.delete(info.name)
+
+
+def remove_stale_parity(backend: Backend) -> int:
+    """Remove parity of packs that have gone; returns its bytes."""
+    stale = stale_parity(backend)
+    return sum(size for pack_id, size in stale.items() if backend.delete(parity_name(pack_id)))
 
 
 def remove_stale_marks(backend: Backend, roots: Roots) -> int:
