@@ -6,6 +6,7 @@ as can be read is decoded; what is wrong stands in "problems". Ids are hex. The 
     pack        header, trailer, records (from the table, else from a scan) and gaps
     snapshot    every field of the record
     text files  config, branch, tag, lease, condemned set, marks, policy, the reasons of a quarantine: their fields
+    reserve     named only
     lock        empty, and so is all that can be said
     scrub       what was verified when: named only
     index       the LMDB file and its guard are named only; `castore reindex` builds them again
@@ -29,7 +30,7 @@ from castore.backend.syscalls import open_to_read
 from castore.codec.registry import chain_name
 from castore.errors import CastoreError, DamageError, FormatError, UnsupportedFormatError, UsageError
 from castore.format.config import decode_config
-from castore.format.layout import decode_ref_name
+from castore.format.layout import RESERVE, decode_ref_name
 from castore.format.pack import (
     HEADER_BYTES,
     PACK_MAGIC,
@@ -97,6 +98,8 @@ def _kind(head: bytes, where: str) -> Describe:
     name = Path(where).name
     if name == ".lock" and not head:
         return _named("lock", "nothing: it is locked while a branch or tag moves")
+    if where.endswith(f"/{RESERVE}") or where == RESERVE:
+        return _named("reserve", "noise: space that a collector needs when the disk is full")
     if head.startswith(_SCRUB_MAGIC):
         return _named("scrub memory", "when each pack was last read whole; it may be deleted")
     if head.startswith(PACK_MAGIC):
