@@ -258,6 +258,10 @@ class ChunkStore:
         except DamageError as error:
             raise type(error)(f"{where}: {error}") from error
 
+    def open_pack(self, pack_id: PackId) -> RangeReader:
+        """A pack, open for reading; the store closes it. Raises NotFoundError when it has gone."""
+        return self._readers.open(pack_id)
+
     def read_base(self, row: Row, *, where: str, verify: bool = False) -> memoryview:
         """The raw bytes of a record's base, in memory of this thread, until the next record of that depth is read.
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
+import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -96,6 +98,14 @@ def read_into(fd: int, offset: int, target: memoryview) -> int:
     while done < len(target) and (count := os.preadv(fd, [target[done:]], offset + done)):
         done += count
     return done
+
+
+def map_private(fd: int, offset: int, size_bytes: int) -> mmap.mmap:
+    """Map part of a file copy-on-write; unmapped when the last view of it is gone. Needs no open file after that."""
+    if sys.version_info >= (3, 13):
+        # Without a copy of the descriptor, of which a state in a thousand packs would use up all.
+        return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, offset=offset, trackfd=False)
+    return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, offset=offset)
 
 
 def sync_directory(path: str) -> None:
