@@ -109,6 +109,14 @@ class MappableReader(RangeReader, Protocol):
         """
 
 
+@runtime_checkable
+class ReadAheadReader(RangeReader, Protocol):
+    """A reader that can have bytes fetched before they are read."""
+
+    def will_need(self, offset: int, size_bytes: int) -> None:
+        """The range will be read soon. Does not wait, and says nothing of errors: only a hint."""
+
+
 class Claim(Protocol):
     """An exclusive claim, alive until release or until the process ends, whatever ends it."""
 

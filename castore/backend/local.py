@@ -256,7 +256,7 @@ class LocalSink:
 
 
 class LocalReader:
-    """See castore.backend.base.MappableReader."""
+    """See castore.backend.base.MappableReader and ReadAheadReader."""
 
     def __init__(self, where: str, fd: int, size_bytes: int) -> None:
         self._where = where
@@ -284,6 +284,10 @@ class LocalReader:
         target = bytearray(size_bytes)  # rare: a signal, or more than 2 GiB at once
         self.read_into(offset, memoryview(target))
         return bytes(target)
+
+    def will_need(self, offset: int, size_bytes: int) -> None:
+        if self._fd >= 0:
+            syscalls.start_readahead(self._fd, offset, size_bytes)
 
     def map_range(self, offset: int, size_bytes: int) -> memoryview:
         assert size_bytes > 0

@@ -148,6 +148,13 @@ def start_writeback(fd: int, offset: int, size_bytes: int) -> None:
         _sync_file_range(fd, offset, size_bytes, _SYNC_FILE_RANGE_WRITE)
 
 
+def start_readahead(fd: int, offset: int, size_bytes: int) -> None:
+    """Let the kernel begin reading the range into its cache. Only a hint: errors show when it is read."""
+    if hasattr(os, "posix_fadvise"):  # macOS lacks it
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_WILLNEED)
+
+
 class LockedFile:
     """A descriptor that carries an flock, or is about to, and that forked children close."""
 
