@@ -17,17 +17,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from castore.backend.base import MappableReader
+from castore.backend.base import MappableReader, ReadAheadReader
+from castore.checkpoint.read_ahead import spans
 from castore.chunk_writer import worker_count
 from castore.errors import CastoreError
 from castore.format.layout import pack_name
 from castore.format.manifest import Entry, chunk_bytes
 from castore.format.pack import Row
+from castore.host_memory import available_bytes
 from castore.ids import ChunkId, PackId
+from castore.index import Location
 from castore.options import GRID_BYTES
 from castore.pack.reader import read_table
 from castore.store import ChunkStore, Locations
 from castore.tensors import adopt
+
+_READ_AHEAD_SHARE = 0.25
+"""Of the available memory, what the system is asked to read before it is touched. Page by page as they are touched, a
+cold file comes several times more slowly; of what does not fit, the beginning would be pushed out again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +92,21 @@ def map_leaves(
         for path in _rotten(store, chosen, progress):
             del mapped[path]
     else:
+        with suppress(CastoreError):
+            _read_ahead(store, [found for group in by_pack.values() for path, found in group.items() if path in mapped])
         progress(sum(by_path[path].raw_bytes for path in mapped))
     return mapped
+
+
+def _read_ahead(store: ChunkStore, places: Sequence[Place]) -> None:
+    """Have the system begin to read what is mapped. Only a hint."""
+    budget = available_bytes() * _READ_AHEAD_SHARE
+    for pack_id, start, stop in spans(Location(found.pack_id, row) for found in places for row in found.rows):
+        budget -= stop - start
+        reader = store.open_pack(pack_id)
+        if budget < 0 or not isinstance(reader, ReadAheadReader):
+            return
+        reader.will_need(start, stop - start)
 
 
 def _places(store: ChunkStore, entries: Mapping[str, Entry]) -> dict[str, Place]:

@@ -19,6 +19,7 @@ import castore
 from castore.api import Repository
 from castore.backend import LocalBackend, MemoryBackend
 from castore.backend.local import LocalReader
+from castore.checkpoint import mapping
 from castore.errors import ChecksumError, DamageError, PickleRefusedError, UsageError
 from castore.format.layout import PACKS, pack_name
 from castore.options import MIB, RUN_BYTES_MIN, RepositoryOptions
@@ -195,7 +196,9 @@ def test_a_backend_that_maps_nothing_is_read() -> None:
 
 def test_only_what_was_chosen_is_mapped_and_nothing_is_read(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     repo.save({f"leaf {number}": noise(number, 300_000) for number in range(5)})
+    (_, row), *_ = places_of(repo, "main", "leaf 3")
     spans: list[tuple[int, int]] = []
+    hints: list[tuple[int, int]] = []
     sizes: list[int] = []
     plain_map, plain_read = LocalReader.map_range, LocalReader.read_into
 
@@ -207,13 +210,30 @@ def test_only_what_was_chosen_is_mapped_and_nothing_is_read(repo: Repository, mo
         sizes.append(len(target))
         plain_read(self, offset, target)
 
+    def will_need(self: LocalReader, offset: int, size_bytes: int) -> None:
+        hints.append((offset, size_bytes))
+
+    fresh = castore.open(repo.path)
+    assert fresh.snapshot().leaves
+    monkeypatch.setattr(LocalReader, "will_need", will_need)
     monkeypatch.setattr(LocalReader, "map_range", map_range)
     monkeypatch.setattr(LocalReader, "read_into", read_into)
-    found = castore.open(repo.path).load(paths=["leaf 3"], mmap=True)
+    found = fresh.load(paths=["leaf 3"], mmap=True)
     assert is_mapped(found["leaf 3"])
-    (_, row), *_ = places_of(repo, "main", "leaf 3")
-    assert spans == [(row.offset, 1_200_000)]
-    assert sum(sizes) < 2000, "the manifest"
+    assert spans == hints == [(row.offset, 1_200_000)]
+    assert not sizes
+
+
+def test_no_more_is_read_ahead_than_fits_into_memory(repo: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo.save({"a": noise(0, 300_000), "b": noise(1, 300_000)})
+    hints: list[int] = []
+    monkeypatch.setattr(LocalReader, "will_need", lambda _self, _offset, size_bytes: hints.append(size_bytes))
+    monkeypatch.setattr(mapping, "available_bytes", lambda: 4 * 2_400_000)
+    assert is_mapped(repo.load(mmap=True)["b"])
+    assert hints == []
+    monkeypatch.setattr(mapping, "available_bytes", lambda: 5 * 2_400_000)
+    repo.load(mmap=True)
+    assert 2_400_000 <= sum(hints) < 2_500_000
 
 
 def test_where_the_values_go(repo: Repository) -> None:
