@@ -637,9 +637,9 @@ class Repository:
         """Write chunks of these snapshots (default: of all) again in another encoding; no manifest changes.
 
         `flatten` makes deltas and rounded copies stand by themselves, so that loads read no bases and nothing is kept
-        for them. `level="max"` searches long for the shortest encoding: 1 to 4 % less, at a few MB/s; what it writes
-        loads as fast as ever. `dry_run` counts what would be looked at. Blocks until the new records are durable and
-        preferred to the old ones, which the next `gc` frees. Returns a RepackReport.
+        for them. `level="max"` searches long for the shortest encoding: 1 to 4 % less, at 3 MB/s a core, decoded at 0.6
+        to 1 times the usual speed. `dry_run` counts what would be looked at. Blocks until the new records are durable
+        and preferred to the old ones, which the next `gc` frees. Returns a RepackReport.
 
         Raises UsageError when neither is asked for, UnknownRefError, NoSpaceError, or DamageError: nothing is written
         that was not verified.

@@ -110,7 +110,7 @@ def encode_planes(
 ) -> bytes | None:
     """The payload for split elements, or None when nothing is gained. `raw` gives the tail.
 
-    `thorough` searches long for the shortest planes; they decode as fast as any.
+    `thorough` searches long for the shortest planes; any reader decodes them.
     """
     width = len(planes.array)
     noise = looks_random(planes.array)
