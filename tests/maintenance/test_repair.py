@@ -190,7 +190,7 @@ def test_the_state_of_a_checkpoint_file_heals_manifests_too(repo: Repository) ->
 def test_a_base_that_is_healed_brings_back_what_rests_on_it(repo: Repository) -> None:
     path = "model/drifting"
     ((_, row),) = places_of(repo, "main", path)
-    assert row.base_id is not None
+    assert row.base_ids
     damage_leaf(repo, "main~1", path)
     assert {len(loss.leaves) for loss in repo.repair().plan.losses} == {1}
     report = reopened(repo).repair(sources=[{"x": training_state(1)["model"]["drifting"]}])
@@ -251,7 +251,7 @@ def test_a_record_whose_base_was_collected_after_a_heal_is_a_note(repo: Reposito
     path = "model/drifting"
     ((_, row),) = places_of(repo, "main", path)
     ((_, base),) = places_of(repo, "main~1", path)
-    assert row.base_id == base.chunk_id
+    assert row.base_ids == (base.chunk_id,)
     other = create_on(MemoryBackend())
     other.save(training_state(2), branch="again")
     for name, data in files_of(other.handle.backend, "packs/").items():

@@ -19,8 +19,8 @@ def pack(number: int) -> PackId:
 
 
 def row(name: str, base: str = "", depth: int = 0, stored_bytes: int = 100) -> Row:
-    base_id = chunk(base) if base else None
-    return Row(chunk(name), 64, stored_bytes, 1000, 0, (16,) if base else (), RecordKind.LEAF, depth, base_id)
+    base_ids = (chunk(base),) if base else ()
+    return Row(chunk(name), 64, stored_bytes, 1000, 0, (16,) if base else (), RecordKind.LEAF, depth, base_ids)
 
 
 def ledger_of(*packs: list[Row], created_ns: list[int] | None = None) -> Ledger:
