@@ -326,10 +326,7 @@ class CastoreNone(Castore):
     options: ClassVar[dict[str, Any]] = {"compression": "none"}
 
     def load(self, index: int) -> State:
-        import inspect
-
-        mapped = {"mmap": True} if "mmap" in inspect.signature(self._repo.load).parameters else {}
-        state: State = self._repo.load(self._ids[index], **mapped)
+        state: State = self._repo.load(self._ids[index], mmap=True)
         return state
 
 

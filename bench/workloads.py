@@ -10,6 +10,7 @@
     resave              full_finetune                                             one state twice
     fork                full_finetune to step 110, then ten steps of a fork       on the fork
     load_all            full_finetune                                             one; all of it is read
+    load_touch          full_finetune                                             one; all is read, every page touched
     load_one_leaf       full_finetune                                             one; one weight is read
     smoke               a synthetic state of 4 MB, to try the harness itself      only when named
 
@@ -19,6 +20,7 @@ What was read is compared with what was saved, byte by byte; the comparison is n
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch
 
 from bench import measure
 from bench.peers import Contestant
-from bench.states import EQUALITIES, Equality, LeafPath, State, compare
+from bench.states import EQUALITIES, Equality, LeafPath, State, compare, tensors
 from bench.train import cache
 
 LEAF: LeafPath = ("model", "encoder.layer.3.intermediate.dense.weight")
@@ -179,6 +181,16 @@ def load_all(steps: Sequence[Step], probe: Probe, trial: Trial) -> None:
     _load(steps[0], 0, probe, trial)
 
 
+def load_touch(steps: Sequence[Step], probe: Probe, trial: Trial) -> None:
+    """Save one state; read all of it and touch every page, so that those who map their file read it too."""
+    trial.saves.append(probe.save(steps[0]))
+    for cold in (False, True) if probe.cold else (False,):
+        state, read = probe.read(lambda: _touched(probe.contestant.load(0)), cold=cold)
+        trial.check(compare(state, steps[0].state))
+        del state
+        _keep(read, trial, cold=cold)
+
+
 def load_one_leaf(steps: Sequence[Step], probe: Probe, trial: Trial) -> None:
     """Save one state; read one weight matrix of it."""
     trial.saves.append(probe.save(steps[0]))
@@ -242,6 +254,7 @@ WORKLOADS: dict[str, Workload] = {
     "resave": Workload(_run("full_finetune", first=1), resave),
     "fork": Workload(_forked, fork, trunk_saves=3),
     "load_all": Workload(_run("full_finetune", first=1), load_all),
+    "load_touch": Workload(_run("full_finetune", first=1), load_touch),
     "load_one_leaf": Workload(_run("full_finetune", first=1), load_one_leaf),
     "smoke": Workload(_smoke, history),
 }
@@ -254,6 +267,13 @@ def _load(target: Step, index: int, probe: Probe, trial: Trial) -> None:
         trial.check(compare(state, target.state))
         del state
         _keep(read, trial, cold=cold)
+
+
+def _touched(state: State) -> State:
+    """The state after one byte of each of its pages was read."""
+    for tensor in tensors(state):
+        tensor.detach().reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    return state
 
 
 def _keep(read: Read, trial: Trial, *, cold: bool) -> None:

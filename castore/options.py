@@ -49,6 +49,9 @@ PACK_BYTES_MAX = 256 * MIB
 """A pack is sealed when it reaches this: one fsync per 256 MiB costs nothing, and gc rewrites at most this much."""
 RUN_BYTES_MIN = 64 * KIB
 """A raw leaf from this size on is stored as one run: its header page and alignment cost at most 12 %."""
+RUN_SHARED_SHARE_MAX = 1 / 8
+"""Of the chunks of such a leaf, how many may lie in packs already and are written once more, so that it need not be
+copied on every load: two moments of an optimizer share the zeros of rows that were never touched."""
 ENCODE_AHEAD_CHUNKS = 16
 """Chunks being encoded or waiting to be written: bounds the memory of a save to 16 MiB raw plus as much encoded."""
 

@@ -43,6 +43,9 @@ _MARKS_LEFT_MAX = 100
 _INDEX_BATCH_ROWS = 200_000
 """Rows added to the index per transaction when it is rebuilt: bounds memory, and an interrupted rebuild keeps most."""
 
+_NOTED_BASES_MAX = 4096
+"""Two windows of read-ahead and more; what was forgotten is looked up again."""
+
 Locations = tuple[Location, ...]
 
 
@@ -62,6 +65,8 @@ class ChunkStore:
         self._bad: set[tuple[PackId, int]] = set()
         self._marks_known: set[str] = set()
         self._marks_left = 0
+        self._noted_bases: dict[ChunkId, Locations] = {}
+        """Locations of bases that were looked up together, before the records that rest on them are read."""
         self.damaged_packs: dict[PackId, CastoreError] = {}
         """Packs whose table could not be read when they were indexed; what a scan found of them is in use."""
 
@@ -71,6 +76,7 @@ class ChunkStore:
         """List the packs and bring the index in line: add tables of new packs, forget those that are gone."""
         with self._lock:
             # In this order: a pack that another process adds between the two looks must not be forgotten again.
+            self._noted_bases = {}
             known = self._index.packs()
             self._sizes = pack_sizes(self._backend)
             listing = frozenset(self._sizes)
@@ -144,6 +150,25 @@ class ChunkStore:
             self.refresh()
             found.update(zip(missing, self.find(missing), strict=True))
         return found
+
+    def note_bases(self, locations: Iterable[Locations]) -> list[Location]:
+        """Look up in one go, level by level, what reading these chunks will read: their first locations and the bases
+        under them, in that order. Chunk by chunk a third of the time of a load went into transactions of the index.
+        """
+        needed = [hits[0] for hits in locations if hits]
+        level = needed
+        while base_ids := {base_id: hit.row.depth for hit in level for base_id in hit.row.base_ids}:
+            noted = dict(zip(base_ids, self.find(list(base_ids)), strict=True))
+            if len(self._noted_bases) > _NOTED_BASES_MAX:
+                self._noted_bases = {}
+            self._noted_bases.update((base_id, hits) for base_id, hits in noted.items() if hits)
+            level = [
+                shallower[0]
+                for base_id, depth in base_ids.items()
+                if (shallower := [hit for hit in noted[base_id] if hit.row.depth < depth])
+            ]
+            needed += level
+        return needed
 
     def add(self, tables: Mapping[PackId, Sequence[Row]]) -> None:
         """Make packs known that this process has just sealed."""
@@ -238,6 +263,7 @@ class ChunkStore:
             self._reread |= doubted
             if doubted:
                 self._readers.close_missing()
+                self._noted_bases = {}
                 self._index.forget(doubted)
                 self._add_tables(sorted(doubted))
             return bool(doubted)
@@ -298,6 +324,10 @@ class ChunkStore:
         except DamageError as error:
             raise type(error)(f"{where}: {error}") from error
 
+    def open_pack(self, pack_id: PackId) -> RangeReader:
+        """A pack, open for reading; the store closes it. Raises NotFoundError when it has gone."""
+        return self._readers.open(pack_id)
+
     def read_base(self, row: Row, *, where: str, verify: bool = False) -> memoryview:
         """The raw bytes of a record's bases, one after the other, in memory of this thread, until the next record of
         that depth is read.
@@ -314,7 +344,7 @@ class ChunkStore:
         out = _memory(row.depth, sum(lengths))
         start = 0
         for base_id, length in zip(row.base_ids, lengths, strict=True):
-            locations = self.locate([base_id])[base_id]
+            locations = self._noted_bases.get(base_id) or self.locate([base_id])[base_id]
             shallower = tuple(hit for hit in locations if hit.row.depth < row.depth)
             try:
                 self._read_any(base_id, shallower, out[start : start + length], verify=verify)

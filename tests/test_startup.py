@@ -23,6 +23,8 @@ WITHOUT_TENSORS = [
     ["branch"],
     ["tag"],
     ["reindex"],
+    ["gc"],
+    ["gc", "--dry-run"],
 ]
 
 RUN_AND_TELL_MODULES = """

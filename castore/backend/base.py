@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from castore.errors import (
     CastoreError,
@@ -94,6 +94,27 @@ class RangeReader(Protocol):
 
     def close(self) -> None:
         """Let go of the file, after the last read. Does nothing the second time."""
+
+
+@runtime_checkable
+class MappableReader(RangeReader, Protocol):
+    """A reader that can also map its file into memory. Readers that cannot are read from instead."""
+
+    def map_range(self, offset: int, size_bytes: int) -> memoryview:
+        """The range, at least one byte, as writable memory of the caller's own.
+
+        Pages come from the file when they are first touched; a write copies its page and never reaches the file. The
+        memory stays as it is while any view of it lives, whatever becomes of this reader and of the file's name.
+        FormatError when the file ends before the range does: a touch beyond the end would kill the process.
+        """
+
+
+@runtime_checkable
+class ReadAheadReader(RangeReader, Protocol):
+    """A reader that can have bytes fetched before they are read."""
+
+    def will_need(self, offset: int, size_bytes: int) -> None:
+        """The range will be read soon. Does not wait, and says nothing of errors: only a hint."""
 
 
 class Claim(Protocol):
@@ -172,7 +193,7 @@ class Backend(Protocol):
         """What may still be written, None when unknown."""
 
     def local_path(self, name: str) -> Path | None:
-        """The file in the local file system (for mapping it), None when it is not a local file."""
+        """The file in the local file system, None when it is not a local file."""
 
 
 def check_name(name: str, *, temporary_allowed: bool = False) -> None:

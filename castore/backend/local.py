@@ -6,6 +6,7 @@ castore/backend/tree.py.
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from contextlib import suppress
@@ -264,7 +265,7 @@ class LocalSink:
 
 
 class LocalReader:
-    """See castore.backend.base.RangeReader."""
+    """See castore.backend.base.MappableReader and ReadAheadReader."""
 
     def __init__(self, where: str, fd: int, size_bytes: int) -> None:
         self._where = where
@@ -292,6 +293,24 @@ class LocalReader:
         target = bytearray(size_bytes)  # rare: a signal, or more than 2 GiB at once
         self.read_into(offset, memoryview(target))
         return bytes(target)
+
+    def will_need(self, offset: int, size_bytes: int) -> None:
+        if self._fd >= 0:
+            syscalls.start_readahead(self._fd, offset, size_bytes)
+
+    def map_range(self, offset: int, size_bytes: int) -> memoryview:
+        assert size_bytes > 0
+        self._check_range(offset, size_bytes)
+        end = offset + size_bytes
+        try:
+            # Asked again: the file may have been cut short since it was opened.
+            found = os.fstat(self._fd).st_size
+            if found < end:
+                raise truncated(self._where, offset=offset, expected=size_bytes, found=max(0, found - offset))
+            start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            return memoryview(syscalls.map_private(self._fd, start, end - start))[offset - start :]
+        except OSError as error:
+            raise os_error(error, self._where, f"map {size_bytes} bytes at offset {offset}") from error
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -15,8 +15,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
+import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -98,6 +100,14 @@ def read_into(fd: int, offset: int, target: memoryview) -> int:
     return done
 
 
+def map_private(fd: int, offset: int, size_bytes: int) -> mmap.mmap:
+    """Map part of a file copy-on-write; unmapped when the last view of it is gone. Needs no open file after that."""
+    if sys.version_info >= (3, 13):
+        # Without a copy of the descriptor, of which a state in a thousand packs would use up all.
+        return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, offset=offset, trackfd=False)
+    return mmap.mmap(fd, size_bytes, access=mmap.ACCESS_COPY, offset=offset)
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable.
 
@@ -136,6 +146,13 @@ def start_writeback(fd: int, offset: int, size_bytes: int) -> None:
     """Let the kernel begin writing dirty pages of the range. Only a hint: errors show at the next fsync."""
     if _sync_file_range is not None:
         _sync_file_range(fd, offset, size_bytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def start_readahead(fd: int, offset: int, size_bytes: int) -> None:
+    """Let the kernel begin reading the range into its cache. Only a hint: errors show when it is read."""
+    if hasattr(os, "posix_fadvise"):  # macOS lacks it
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_WILLNEED)
 
 
 class LockedFile:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from castore.checkpoint.read_ahead import ReadAhead
 from castore.chunk_writer import worker_count
 from castore.errors import CastoreError
 from castore.ids import ChunkId
@@ -73,11 +74,13 @@ def fetch_all(
     Raises the first error, with the leaf's path in front; jobs not yet begun are dropped.
     """
     ordered = sorted(jobs, key=_place)
-    batches = [ordered[at : at + _BATCH_JOBS] for at in range(0, len(ordered), _BATCH_JOBS)]
+    starts = range(0, len(ordered), _BATCH_JOBS)
+    read_ahead = ReadAhead(store, [job.locations for job in ordered])
     failed = threading.Event()
 
-    def run(batch: Sequence[FetchJob]) -> None:
-        for job in batch:
+    def run(start: int) -> None:
+        read_ahead.reach(start)
+        for job in ordered[start : start + _BATCH_JOBS]:
             if failed.is_set():
                 return
             try:
@@ -88,12 +91,12 @@ def fetch_all(
                 raise
             progress(job.chunk_bytes)
 
-    if len(batches) <= 1 or worker_count() == 1:
-        for batch in batches:
-            run(batch)
+    if len(starts) <= 1 or worker_count() == 1:
+        for start in starts:
+            run(start)
         return
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-read") as pool:
-        for future in [pool.submit(run, batch) for batch in batches]:
+        for future in [pool.submit(run, start) for start in starts]:
             future.result()
 
 

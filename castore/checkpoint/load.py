@@ -1,6 +1,7 @@
 """Load a state or one leaf: choose entries, compare with the live state, fetch chunks, put the nesting back.
 
-ref → snapshot file → manifest parts → choose → (compare with `into`) → fetch in pack order, verified → unflatten
+ref → snapshot file → manifest parts → choose → (compare with `into`) → (map what can be mapped) → fetch the rest in
+pack order, verified → unflatten
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from castore.checkpoint.fetch import Destination, FetchJob, fetch_all
 from castore.checkpoint.lost import entries_left, explain
+from castore.checkpoint.mapping import map_leaves
 from castore.checkpoint.select import any_of, no_such_path, select_entries
 from castore.checkpoint.thinned import leaf_paths, refuse_dropped
 from castore.errors import (
@@ -40,6 +42,7 @@ from castore.tensors import (
     Target,
     allocate,
     assign,
+    can_adopt,
     decode_value,
     flatten,
     live_target,
@@ -61,27 +64,31 @@ class LoadRequest:
     paths: Sequence[str] | None = None
     strict: bool = True
     device: Any = None
-    verify: bool = True
+    verify: bool | None = None
+    """None: whatever is copied. True: mapped leaves too."""
     allow_pickle: bool = False
     classes: Mapping[str, type] | None = None
     missing_classes: MissingClasses = "error"
+    mmap: bool = False
 
 
 def load(handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, *, into: Any, progress: Progress | None) -> Any:
     """Load a state. See `Repository.load`."""
+    if request.mmap and into is not None:
+        raise UsageError("into= fills tensors that exist and mmap=True makes new ones: choose one of them")
     where = f"snapshot {snapshot_id[:12]}"
     entries = read_entries(handle, snapshot_id, request.paths)
     selected = select_entries(entries, request.paths, where=where)
     refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
-    fetch = _Fetch(handle, snapshot_id, request)
+    fetch = _Fetch(handle, snapshot_id, request, progress)
     if into is None:
         values = fetch.fresh(selected)
-        fetch.run(progress)
+        fetch.run()
         return unflatten(selected, values(), classes=request.classes, missing_classes=request.missing_classes)
     matched = _matched(selected, into, request, where=where)
     fetch.live(matched)
     values = fetch.fresh(matched.fresh)
-    fetch.run(progress)
+    fetch.run()
     with fetch.midway():
         return assign(into, matched, values(), classes=request.classes, missing_classes=request.missing_classes)
 
@@ -91,10 +98,10 @@ def prove(handle: Handle, snapshot_id: SnapshotId, paths: Sequence[str] | None) 
     entries = read_entries(handle, snapshot_id, paths)
     selected = select_entries(entries, paths, where=f"snapshot {snapshot_id[:12]}")
     refuse_dropped(handle.backend, snapshot_id, entries, leaf_paths(selected))
-    fetch = _Fetch(handle, snapshot_id, LoadRequest(paths))
+    fetch = _Fetch(handle, snapshot_id, LoadRequest(paths), None)
     for entry in selected:
         fetch._want(entry, _Nowhere())
-    fetch.run(None)
+    fetch.run()
 
 
 def read_leaf(
@@ -105,14 +112,14 @@ def read_leaf(
     entries = read_entries(handle, snapshot_id, (path,))
     entry = _leaf_at(entries, path, where)
     refuse_dropped(handle.backend, snapshot_id, entries, (path,))
-    fetch = _Fetch(handle, snapshot_id, LoadRequest(verify=verify, allow_pickle=allow_pickle))
+    fetch = _Fetch(handle, snapshot_id, LoadRequest(verify=verify, allow_pickle=allow_pickle), None)
     if rows is not None and entry.kind in (Kind.TENSOR, Kind.NDARRAY):
         value = fetch.rows(entry, rows)
-        fetch.run(None)
+        fetch.run()
         return value
     selected = select_entries(entries, (path,), where=where)
     values = fetch.fresh(selected)
-    fetch.run(None)
+    fetch.run()
     state = unflatten(selected, values(), missing_classes="dict")
     value = _only_leaf(state, selected)
     if rows is None:
@@ -207,7 +214,9 @@ def _shortened(paths: Sequence[str]) -> str:
 class _Fetch:
     """The bytes that one load needs: planned first, then looked up and fetched together."""
 
-    def __init__(self, handle: Handle, snapshot_id: SnapshotId, request: LoadRequest) -> None:
+    def __init__(
+        self, handle: Handle, snapshot_id: SnapshotId, request: LoadRequest, progress: Progress | None
+    ) -> None:
         self._handle = handle
         self._snapshot_id = snapshot_id
         self._request = request
@@ -216,27 +225,25 @@ class _Fetch:
         self._finish: list[Target] = []
         self._live: set[str] = set()
         self._overwritten: dict[str, None] = {}
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done_bytes = self._total_bytes = 0
 
-    def fresh(self, entries: Iterable[Entry]) -> Callable[[], dict[str, Any]]:
+    def fresh(self, entries: Sequence[Entry]) -> Callable[[], dict[str, Any]]:
         """Plan new values for all entries that have bytes; call the result after `run` to get them by path.
 
         Raises PickleRefusedError before anything is read.
         """
-        arrays: dict[str, Any] = {}
+        self._refuse_pickles(entries)
+        arrays = self._mapped(entries) if self._request.mmap else {}
         buffers: dict[str, tuple[Entry, bytes | bytearray]] = {}
         for entry in entries:
-            if not entry.has_bytes:
+            if not entry.has_bytes or entry.path in arrays:
                 continue
             if entry.kind in ARRAY_KINDS:
                 arrays[entry.path], target = allocate(entry, device=self._request.device)
                 self._fill(entry, target)
                 continue
-            if entry.kind is Kind.PICKLE and not self._request.allow_pickle:
-                raise PickleRefusedError(
-                    f"leaf {entry.path!r} is a pickle of {entry.attrs.get('type', 'unknown type')}, which can run any "
-                    "code; "
-                    "give allow_pickle=True if you trust whoever wrote this repository, or leave it out with paths="
-                )
             if entry.inline is not None:
                 buffers[entry.path] = (entry, entry.inline)
             else:
@@ -252,6 +259,21 @@ class _Fetch:
             return {**arrays, **decoded}
 
         return values
+
+    def _refuse_pickles(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.kind is Kind.PICKLE and not self._request.allow_pickle:
+                raise PickleRefusedError(
+                    f"leaf {entry.path!r} is a pickle of {entry.attrs.get('type', 'unknown type')}, which can run any "
+                    "code; "
+                    "give allow_pickle=True if you trust whoever wrote this repository, or leave it out with paths="
+                )
+
+    def _mapped(self, entries: Sequence[Entry]) -> dict[str, Any]:
+        """Values of the entries that can be mapped."""
+        mappable = [entry for entry in entries if can_adopt(entry, device=self._request.device)]
+        self._total_bytes = sum(entry.raw_bytes for entry in entries if entry.chunks is not None)
+        return map_leaves(self._handle.store, mappable, verify=self._request.verify is True, progress=self._advance)
 
     def live(self, matched: Match) -> None:
         """Plan to fill live arrays in place: they only receive verified bytes."""
@@ -277,25 +299,19 @@ class _Fetch:
         self._finish.append(target)
         return value
 
-    def run(self, progress: Progress | None) -> None:
+    def run(self) -> None:
         """Look all chunks up, then fetch them. Raises ChunkMissingError before anything is read, PartialLoadError
         after.
         """
         jobs = self._jobs()
-        total_bytes = sum(job.chunk_bytes for job in jobs)
-        done_bytes = 0
-        lock = threading.Lock()
-
-        def advance(count_bytes: int) -> None:
-            nonlocal done_bytes
-            with lock:  # several threads fetch; the figure must not go back
-                done_bytes += count_bytes
-                if progress is not None:
-                    progress(done_bytes, total_bytes)
-
+        self._total_bytes = self._done_bytes + sum(job.chunk_bytes for job in jobs)
         with self.midway():
             fetch_all(
-                self._handle.store, jobs, verify=self._request.verify, touched=self._note_touched, progress=advance
+                self._handle.store,
+                jobs,
+                verify=self._request.verify is not False,
+                touched=self._note_touched,
+                progress=self._advance,
             )
             for entry, target in self._inline:
                 # Inline bytes were verified with their manifest part.
@@ -303,6 +319,12 @@ class _Fetch:
                 target.write(0, entry.inline or b"")
             for target in self._finish:
                 target.finish()
+
+    def _advance(self, count_bytes: int) -> None:
+        with self._lock:  # several threads fetch; the figure must not go back
+            self._done_bytes += count_bytes
+            if self._progress is not None:
+                self._progress(self._done_bytes, self._total_bytes)
 
     @contextmanager
     def midway(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from castore.format.manifest import Entry, Kind, chunk_bytes, chunk_count, cut_p
 from castore.format.pack import RecordKind
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
-from castore.options import GRID_BYTES, PART_CHUNKS_MAX, RUN_BYTES_MIN, Compression
+from castore.options import GRID_BYTES, PART_CHUNKS_MAX, RUN_BYTES_MIN, RUN_SHARED_SHARE_MAX, Compression
 
 if TYPE_CHECKING:
     from castore.tensors import FlatState, Payload
@@ -137,14 +137,15 @@ class Write:
 def plan_writes(leaves: Iterable[LeafChunks], present: frozenset[ChunkId], *, compression: Compression) -> list[Write]:
     """The chunks that no usable pack holds, each once, in the order of the leaves.
 
-    Without compression a leaf that is wholly new becomes one run, so that it can be mapped.
+    Without compression a leaf that is wholly new, or nearly so, becomes one run, so that it can be mapped.
     """
     writes: list[Write] = []
     planned = set(present)
     for leaf in leaves:
         fresh = [pair for pair in zip(leaf.ids, leaf.sources, strict=True) if pair[0] not in planned]
-        if compression == "none" and leaf.raw_bytes >= RUN_BYTES_MIN and len(fresh) == len(leaf.ids):
-            writes.append(Write(tuple(fresh), as_run=True))
+        shared_max = int(len(leaf.ids) * RUN_SHARED_SHARE_MAX)
+        if compression == "none" and leaf.raw_bytes >= RUN_BYTES_MIN and len(fresh) + shared_max >= len(leaf.ids):
+            writes.append(Write(tuple(zip(leaf.ids, leaf.sources, strict=True)), as_run=True))
             planned.update(leaf.ids)
             continue
         for chunk_id, source in fresh:
@@ -154,10 +155,10 @@ def plan_writes(leaves: Iterable[LeafChunks], present: frozenset[ChunkId], *, co
     return writes
 
 
-def written_bytes(writes: Iterable[Write]) -> int:
-    """Raw bytes of the planned chunks, repeated ones counted once."""
+def new_bytes(writes: Iterable[Write], present: frozenset[ChunkId]) -> int:
+    """Raw bytes of the planned chunks that no usable pack holds, repeated ones counted once."""
     distinct = {chunk_id: source.raw_bytes for write in writes for chunk_id, source in write.chunks}
-    return sum(distinct.values())
+    return sum(length for chunk_id, length in distinct.items() if chunk_id not in present)
 
 
 def chunk_lengths(entries: Iterable[Entry], id_bytes: int) -> dict[ChunkId, int]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from castore.checkpoint.plan import HashedState, Write, hash_state, plan_manifest, plan_writes, written_bytes
+from castore.checkpoint.plan import HashedState, Write, hash_state, new_bytes, plan_manifest, plan_writes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
 from castore.errors import CastoreError, ConflictError, LowSpaceWarning, StaleSaveWarning
@@ -201,9 +201,9 @@ def _write_chunks(
         for part_id, source in manifest.sources.items()
         if part_id not in present
     ]
-    new_bytes = written_bytes(writes)
-    meter.skip(hashed.raw_bytes - new_bytes)
-    _warn_if_tight(handle, new_bytes)
+    fresh_bytes = new_bytes(writes, present)
+    meter.skip(hashed.raw_bytes - fresh_bytes)
+    _warn_if_tight(handle, fresh_bytes)
     stored_bytes = session.write([*writes, *parts], progress=meter.advance)
     return SnapshotRecord(
         state_id(handle.hasher, hashed.entries),
@@ -215,7 +215,7 @@ def _write_chunks(
         request.metadata,
         request.message,
         hashed.raw_bytes,
-        new_bytes,
+        fresh_bytes,
         stored_bytes,
         sum(not entry.is_container for entry in hashed.entries),
         manifest.part_ids,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -108,6 +109,7 @@ class CommandGroup(click.Group):
     ) -> NoReturn:
         given = list(sys.argv[1:] if args is None else args)
         _prepare_streams()
+        _shorten_warnings()
         extra["standalone_mode"] = False
         run = super().main
         sys.exit(_guarded(lambda: run(given, prog_name or "castore", **extra), as_json="--json" in given))
@@ -119,6 +121,20 @@ def _prepare_streams() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def _shorten_warnings() -> None:
+    """A warning of castore is a line for people, without the place in the sources that Python names."""
+    usual = warnings.formatwarning
+
+    def text(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category.__module__ == "castore.errors":
+            return f"warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = text
 
 
 def _guarded(run: Callable[[], Any], *, as_json: bool) -> int:

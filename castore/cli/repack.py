@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     "repack",
     examples="""
 castore repack --flatten best            loads of it read no bases any more
-castore repack --level max               archive everything: a few % less, loads as fast
+castore repack --level max               archive everything: 1 to 4 % less
 castore repack --level max main~100 v1   only these two snapshots
 castore repack --flatten best --dry-run
 """,

@@ -39,7 +39,7 @@ from castore.codec import transform
 from castore.codec.base import Elements
 from castore.codec.entropy import order0_shares
 from castore.codec.transform import Bytes, Mode, Planes
-from castore.codec.zstd_frame import ThreadContexts, decompress_exactly
+from castore.codec.zstd_frame import ThreadContexts, decompressed
 from castore.errors import CodecError
 from castore.ids import Buffer
 
@@ -110,7 +110,7 @@ def encode_planes(
 ) -> bytes | None:
     """The payload for split elements, or None when nothing is gained. `raw` gives the tail.
 
-    `thorough` searches long for the shortest planes; they decode as fast as any.
+    `thorough` searches long for the shortest planes; any reader decodes them.
     """
     width = len(planes.array)
     noise = looks_random(planes.array)
@@ -200,6 +200,4 @@ def _decode_plane(method: int, body: memoryview, items: int, index: int) -> Buff
         return bytes(body) * items
     if method != METHOD_ZSTD:
         raise CodecError(f"planes: plane {index}: method {method} with {len(body)} bytes for {items} elements")
-    plane = transform.scratch(index, items).data
-    decompress_exactly(_contexts.decompressor, body, plane)
-    return plane
+    return decompressed(_contexts.decompressor, body, items)

@@ -26,19 +26,19 @@ class ThreadContexts(threading.local):
         self.decompressor = zstandard.ZstdDecompressor()
 
 
-def decompress_exactly(decompressor: zstandard.ZstdDecompressor, stored: Buffer, out: memoryview) -> None:
-    """Fill `out` from one zstd frame. Raises CodecError, also when the frame holds more or fewer bytes."""
+def decompressed(decompressor: zstandard.ZstdDecompressor, stored: Buffer, length: int) -> bytes:
+    """The `length` bytes of one zstd frame. Raises CodecError, also when the frame holds more or fewer bytes."""
     try:
         # A frame that says how much it holds is believed by the library before `max_output_size` is.
         declared = zstandard.frame_content_size(stored)
-        if declared not in (_NOT_DECLARED, len(out)):
-            raise CodecError(f"zstd: expected {len(out)} bytes, found a frame of {declared}")
-        decoded = decompressor.decompress(stored, max_output_size=len(out), allow_extra_data=False)
+        if declared not in (_NOT_DECLARED, length):
+            raise CodecError(f"zstd: expected {length} bytes, found a frame of {declared}")
+        decoded = decompressor.decompress(stored, max_output_size=length, allow_extra_data=False)
     except (zstandard.ZstdError, ValueError, MemoryError) as error:
-        raise CodecError(f"zstd: expected {len(out)} bytes: {error}") from error
-    if len(decoded) != len(out):
-        raise CodecError(f"zstd: expected {len(out)} bytes, found {len(decoded)}")
-    out[:] = decoded
+        raise CodecError(f"zstd: expected {length} bytes: {error}") from error
+    if len(decoded) != length:
+        raise CodecError(f"zstd: expected {length} bytes, found {len(decoded)}")
+    return decoded
 
 
 class ZstdFrame:
@@ -59,4 +59,4 @@ class ZstdFrame:
 
     def decode(self, stored: memoryview, out: memoryview) -> None:
         """Bounded by the declared length."""
-        decompress_exactly(self._contexts.decompressor, stored, out)
+        out[:] = decompressed(self._contexts.decompressor, stored, len(out))

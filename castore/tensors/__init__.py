@@ -2,6 +2,7 @@
 
 save   flatten(state) → FlatState: entries, and a Payload of bytes for each leaf
 load   allocate(entry) → value and Target, or decode_value(entry, bytes)
+       or adopt(entry, memory) → value over memory that holds its bytes already
        then unflatten(entries, values) → state
 part   select(entries, keep), slice_rows(entry, start, stop)
 into   match(flatten(live), entries) → Match: fill its pairs through live_target
@@ -9,6 +10,7 @@ into   match(flatten(live), entries) → Match: fill its pairs through live_targ
 """
 
 from castore.tensors.flatten import FlatState, flatten
+from castore.tensors.mapped import adopt, can_adopt
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
 from castore.tensors.payloads import Payload
 from castore.tensors.scalars import decode_value
@@ -24,9 +26,11 @@ __all__ = [
     "Pair",
     "Payload",
     "Target",
+    "adopt",
     "allocate",
     "assign",
     "assign_scalars",
+    "can_adopt",
     "decode_value",
     "flatten",
     "is_on_cuda",

@@ -7,7 +7,6 @@ cannot exist before its library does), and only loading a tensor imports it.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 
@@ -24,9 +23,10 @@ def loaded_torch() -> ModuleType | None:
 def require_torch(why: str) -> ModuleType:
     """The torch module, imported now if need be. Raises MissingExtraError, which says what needed it."""
     try:
-        return importlib.import_module("torch")
+        import torch  # asked for with every leaf, and as a statement it costs next to nothing
     except ImportError as error:
         raise MissingExtraError(f"{why} needs torch, which is not installed: pip install torch") from error
+    return torch
 
 
 def is_torch_tensor(value: object) -> bool:

@@ -185,13 +185,7 @@ def allocate(entry: Entry, *, device: Any = None) -> tuple[Any, ArrayTarget]:
     without torch, and what torch raises when the device is absent or its memory is full.
     """
     where = f"leaf {entry.path!r}"
-    if entry.kind not in ARRAY_KINDS:
-        raise UsageError(f"{where}: {entry.kind.name} is no array")
-    if len(entry.shape) > _DIMENSIONS_MAX:
-        raise FormatError(f"{where}: expected at most {_DIMENSIONS_MAX} axes, found {len(entry.shape)}")
-    is_numpy = is_numpy_name(entry.dtype)
-    if is_numpy is (entry.kind is Kind.TENSOR) and entry.kind is not Kind.STORAGE:
-        raise FormatError(f"{where}: {entry.kind.name} cannot have the dtype {entry.dtype!r}")
+    is_numpy = is_numpy_array(entry, where)
     try:
         value = _new_ndarray(entry, where) if is_numpy else _new_tensor(entry, where, device)
     except (ValueError, OverflowError, TypeError, RuntimeError) as error:
@@ -201,6 +195,20 @@ def allocate(entry: Entry, *, device: Any = None) -> tuple[Any, ArrayTarget]:
             raise FormatError(f"{where}: no array has the shape {list(entry.shape)}: {error}") from error
         raise
     return value, ArrayTarget(describe(value, entry.path), live=False)
+
+
+def is_numpy_array(entry: Entry, where: str) -> bool:
+    """Whether an entry of ARRAY_KINDS is an ndarray rather than a tensor. Raises FormatError when it cannot be
+    either.
+    """
+    if entry.kind not in ARRAY_KINDS:
+        raise UsageError(f"{where}: {entry.kind.name} is no array")
+    if len(entry.shape) > _DIMENSIONS_MAX:
+        raise FormatError(f"{where}: expected at most {_DIMENSIONS_MAX} axes, found {len(entry.shape)}")
+    is_numpy = is_numpy_name(entry.dtype)
+    if is_numpy is (entry.kind is Kind.TENSOR) and entry.kind is not Kind.STORAGE:
+        raise FormatError(f"{where}: {entry.kind.name} cannot have the dtype {entry.dtype!r}")
+    return is_numpy
 
 
 def _new_ndarray(entry: Entry, where: str) -> Any:

@@ -645,3 +645,42 @@ def test_a_power_cut_during_a_move_leaves_the_file_under_one_name_or_both(tmp_pa
             break
         at += 1
     assert at > 5
+
+
+# ---- mapping -----------------------------------------------------------------------------------------------------
+
+
+def test_a_range_is_mapped_from_any_offset(backend: LocalBackend) -> None:
+    data = bytes(range(256)) * 64
+    backend.put_if_absent("packs/a", data)
+    reader = backend.open_reader("packs/a")
+    for offset, size_bytes in ((0, len(data)), (1, 1), (4095, 2), (4096, 4096), (5000, len(data) - 5000)):
+        assert reader.map_range(offset, size_bytes) == data[offset : offset + size_bytes]
+
+
+def test_a_mapping_is_private_and_outlives_reader_and_file(backend: LocalBackend) -> None:
+    backend.put_if_absent("packs/a", b"x" * 9000)
+    reader = backend.open_reader("packs/a")
+    one, other = reader.map_range(10, 8000), reader.map_range(10, 8000)
+    one[:4] = b"1234"
+    assert other[:4] == b"xxxx"
+    assert reader.read(10, 4) == b"xxxx"
+    reader.close()
+    backend.delete("packs/a")
+    assert (one[:5], other[-1:]) == (b"1234x", b"x")
+
+
+def test_a_range_beyond_the_end_is_never_mapped(backend: LocalBackend) -> None:
+    """Touching it would end the process. Also when the file was longer when it was opened."""
+    backend.put_if_absent("packs/a", b"x" * 9000)
+    reader = backend.open_reader("packs/a")
+    for offset, size_bytes in ((0, 9001), (9000, 1), (1 << 62, 1)):
+        with pytest.raises(FormatError, match="truncated"):
+            reader.map_range(offset, size_bytes)
+    os.truncate(f"{backend.location}/packs/a", 5000)
+    assert reader.map_range(0, 5000) == b"x" * 5000
+    with pytest.raises(FormatError, match="expected 2000 bytes, found 1000"):
+        reader.map_range(4000, 2000)
+    reader.close()
+    with pytest.raises(StorageError, match="closed"):
+        reader.map_range(0, 1)

@@ -571,6 +571,7 @@ def prepared() -> MemoryBackend:
     return backend
 
 
+@pytest.mark.filterwarnings("ignore::castore.errors.PolicyWarning")  # the look at the policy may fail, too
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_disk_error_at_any_call_is_heard_once_and_the_next_save_works(moment: Any) -> None:
     import errno

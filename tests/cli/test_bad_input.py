@@ -219,6 +219,7 @@ def test_a_read_only_mount(mount, store: Path, weights: Path, castore_command) -
     assert castore_command("-R", store, "export", "main", point / "x.pt").code == 6
 
 
+@pytest.mark.filterwarnings("ignore::castore.LowSpaceWarning")  # it is told, and then it is so
 def test_a_full_disk(mount, weights: Path, castore_command, tmp_path: Path) -> None:
     point = mount("-t", "tmpfs", "-o", "size=2m", "tmpfs")
     with castore.init(point / "store") as repo:

@@ -24,6 +24,7 @@ from castore.format.manifest import (
     decode_part,
     encode_id_list,
     encode_part,
+    part_references,
 )
 from castore.options import (
     GRID_BYTES,
@@ -354,3 +355,38 @@ def test_one_entry_more_in_the_middle_moves_few_cuts() -> None:
     old, new = ({encode_part(one) for one in cut(some)} for some in (before, after))
     assert len(new - old) <= 3
     assert len(old) > 20
+
+
+# ---- what a part names, without its entries ------------------------------------------------------------------------
+
+
+def test_the_ids_that_a_part_names_are_those_of_its_entries() -> None:
+    entries = [
+        Entry("", Kind.DICT, shape=(4,)),
+        Entry("a", Kind.TENSOR, "float32", (1,), raw_bytes=4, inline=b"1234"),
+        Entry("b", Kind.TENSOR, "uint8", (3 << 20,), raw_bytes=3 << 20, chunks=bytes(range(48))),
+        Entry("c", Kind.TENSOR, "uint8", (1025 << 20,), raw_bytes=1025 << 20, id_lists=bytes(range(100, 132))),
+        Entry("d", Kind.TENSOR, "uint8", (1 << 20,), raw_bytes=1 << 20, chunks=bytes(16)),
+    ]
+    chunks, id_lists = part_references(encode_part(entries), id_bytes=16, where="part")
+    assert chunks == bytes(range(48)) + bytes(16)
+    assert id_lists == bytes(range(100, 132))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"",
+        b"\xc1",
+        msgpack.packb([0, [[1, 2, 3]]]),
+        msgpack.packb([7, []]),
+        msgpack.packb([0, 5]),
+        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, [b"short"], None]]]),
+        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, [bytes(16), None, 1], None]]]),
+        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, ["text"], None]]]),
+    ],
+)
+def test_a_part_that_is_none_names_nothing(part: bytes) -> None:
+    """Never an empty answer: a collector would take it for leave to delete."""
+    with pytest.raises(FormatError):
+        part_references(part, id_bytes=16, where="part")

@@ -77,3 +77,16 @@ def test_beyond_its_limit_a_pack_is_read_as_it_is(repo) -> None:
 def test_without_parity_it_is_the_repository_itself(repo) -> None:
     through = Repository("parity", restoring_handle(repo.handle))
     assert_same(through.load("main"), state_of(2))
+
+
+def test_repair_takes_what_is_lost_from_the_parity(repo) -> None:
+    add_parity(repo.handle, overhead_percent=20)
+    damaged = spoil(repo, 0.1)
+    assert damaged.repair(dry_run=True).plan.heals
+    report = damaged.repair()
+    assert report.healed_count
+    assert not report.losses
+    fresh = open_on(damaged.handle.backend)
+    assert fresh.verify(data=True).ok
+    for step in range(3):
+        assert_same(fresh.load(f"main@{step}"), state_of(step))

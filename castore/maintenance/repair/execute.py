@@ -27,9 +27,11 @@ from castore.leases import writer_lease
 from castore.losses import delete_loss, write_loss
 from castore.maintenance.gc.claim import collector_claim
 from castore.maintenance.gc.writers import Watch
+from castore.maintenance.parity import parity_sizes
 from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAside, plan_repair
 from castore.maintenance.repair.salvage import write_salvage
-from castore.maintenance.repair.sources import ChunkSource, ReadRaw
+from castore.maintenance.repair.sources import ChunkSource, ReadRaw, RepositorySource
+from castore.maintenance.restoring import restoring_handle
 from castore.maintenance.verify import examine
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, encode_ref
@@ -86,13 +88,32 @@ def repair(
 ) -> RepairReport:
     """Examine every byte, plan, and unless `dry_run` act. Blocks for as long as `verify(data=True)` takes, and more.
 
-    `fix_refs` moves branches that name nothing readable to the snapshot that the plan offers, and puts such tags into
-    quarantine. Raises LeaseError when a collector is at work, NoSpaceError before anything is written when what must be
-    copied does not fit, StorageError.
+    What parity brings back is taken before any other source. `fix_refs` moves branches that name nothing readable to
+    the snapshot that the plan offers, and puts such tags into quarantine. Raises LeaseError when a collector is at
+    work, NoSpaceError before anything is written when what must be copied does not fit, StorageError.
     """
-    if dry_run:
-        plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
-        return _report(plan, plan, _Done(), acted=False)
+    with _parity_of(handle) as parity:
+        sources = (*parity, *sources)
+        if dry_run:
+            plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
+            return _report(plan, plan, _Done(), acted=False)
+        return _act(handle, sources, fix_refs=fix_refs, progress=progress)
+
+
+@contextmanager
+def _parity_of(handle: Handle) -> Iterator[Sequence[ChunkSource]]:
+    """The repository as its parity shows it, where there is any."""
+    if not parity_sizes(handle.backend):
+        yield ()
+        return
+    restoring = restoring_handle(handle)
+    try:
+        yield (RepositorySource(restoring, handle.hasher),)
+    finally:
+        restoring.close()
+
+
+def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, progress: Progress | None) -> RepairReport:
     handle.config.check_features("write", where=handle.backend.location)
     with _alone(handle):
         done = _Done()
