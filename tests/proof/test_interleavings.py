@@ -21,5 +21,5 @@ from tests.proof.scheduler import explore, wander
 def test_nothing_is_lost_whoever_goes_on(name: str) -> None:
     run = SCENARIOS[name].run
     assert explore(run, turns_max=1, kills_max=effort(0, 1)) > 5
-    explore(run, turns_max=3, kills_max=1, runs_max=effort(20, 3000), seed=1)
-    wander(run, seeds=range(effort(10, 1500)), turn_chance=0.15, kill_chance=0.003)
+    explore(run, turns_max=3, kills_max=1, runs_max=effort(20, 1500), seed=1)
+    wander(run, seeds=range(effort(10, 600)), turn_chance=0.15, kill_chance=0.003)
