@@ -143,8 +143,11 @@ def _settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
         before = list_packs(handle.backend)
         found = look()
         looks += 1
+        problems = found.findings.problems
         stayed = before | set(found.pack_ids) <= list_packs(handle.backend)
-        if stayed or not found.findings.problems or looks == _LOOKS_MAX:
+        # A collector lets the index forget a pack before it removes it; the next look indexes it again where it stands.
+        unindexed = looks == 1 and any(problem.kind == "index" for problem in problems)
+        if not problems or looks == _LOOKS_MAX or (stayed and not unindexed):
             return found
 
 

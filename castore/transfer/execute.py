@@ -30,7 +30,7 @@ from castore.errors import (
     UsageError,
 )
 from castore.format.identity import state_id
-from castore.format.layout import CONFIG, snapshot_name
+from castore.format.layout import CONFIG, snapshot_name, tag_name
 from castore.format.manifest import Entry
 from castore.format.snapshot import SnapshotRecord, encode_snapshot
 from castore.ids import ChunkId, SnapshotId
@@ -38,7 +38,7 @@ from castore.leases import read_condemned, writer_lease
 from castore.manifests import check_paths
 from castore.marks import kept_entries, read_thinning
 from castore.options import SNAPSHOT_BYTES_MAX
-from castore.refs import create_tag, move_branch, read_branch, read_tag
+from castore.refs import create_tag, delete_ref_file, move_branch, read_branch, read_tag
 from castore.repository import Handle
 from castore.snapshots import read_record
 from castore.transfer.arrivals import Arrivals
@@ -123,7 +123,11 @@ def transfer(
             run.send_all(plan)
             run.settle(plan)
             heads = run.move_refs(plan.moves)
-            run.settle(plan)
+            try:
+                run.settle(plan)
+            except CastoreError:
+                run.take_back_refs()  # nobody was told of them, and what they name may be on its way out
+                raise
         finally:
             sender.close()
         meter.finish()
@@ -148,6 +152,8 @@ class _Run:
         self._moved = moved
         self._now_ns = now_ns
         self._check = check
+        self._made: list[tuple[RefMove, SnapshotId]] = []
+        """Refs that were moved, and where to."""
         self._digests: Digests = {}
         self._learned: set[SnapshotId] = set()
         self._heads = {move.source_id for move in plan.moves}
@@ -313,11 +319,24 @@ class _Run:
             read_record(self._target.backend, target_id)  # no ref to a file that is rotten there
             if move.action != "same":
                 self._move(move, target_id)
+                self._made.append((move, target_id))
             self._arrivals.revive(target_id)
             heads[f"{'tags' if move.kind == 'tag' else 'heads'}/{move.name}"] = target_id
             if move.kind == "branch":
                 self._target.note_head(move.name, target_id)
         return heads
+
+    def take_back_refs(self) -> None:
+        """Put the moved refs back to where they were, as far as nobody has moved them since."""
+        backend = self._target.backend
+        for move, target_id in reversed(self._made):
+            with suppress(CastoreError):
+                if move.kind == "tag":
+                    if read_tag(backend, move.name) == target_id:
+                        delete_ref_file(backend, tag_name(move.name))
+                else:
+                    move_branch(backend, move.name, expected_id=target_id, new_id=move.found_id, now_ns=self._now_ns)
+                    self._target.note_head(move.name, move.found_id)
 
     def _move(self, move: RefMove, target_id: SnapshotId) -> None:
         backend, now_ns = self._target.backend, self._now_ns

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import castore
 from castore.api import Repository
 from castore.format.layout import pack_name
@@ -143,7 +145,10 @@ Chapter = Callable[[Story, Repository], object]
 
 
 def _small(seed: int) -> State:
-    return training_state(seed, frozen_bytes=4000, moving_bytes=2000)
+    """Differences of the wandering leaf are half as large as itself: such bases do not pay for themselves for long."""
+    start = np.random.default_rng(0).standard_normal(1000)
+    wandering = (start * (1 + 3e-3 * np.random.default_rng(seed).standard_normal(1000))).astype(np.float32)
+    return training_state(seed, frozen_bytes=4000, moving_bytes=2000) | {"wandering": wandering}
 
 
 def _save(step: int, *, like: int | None = None, **options: Any) -> Chapter:
@@ -172,6 +177,23 @@ def _forget(*steps: int) -> Chapter:
         forget(repo, ids)
 
     return chapter
+
+
+def _forget_the_anchors(story: Story, repo: Repository) -> None:
+    """What is left rests on chunks that nothing else needs: gc stores it anew."""
+    for tag in repo.tags():
+        repo.delete_tag(tag.name)
+    for branch in ("other", "fork"):
+        if any(ref.name == branch for ref in repo.branches()):
+            repo.delete_branch(branch)
+    ids = [snapshot.id for snapshot in repo.log("main")][2:]
+    story.forgotten(*ids)
+    forget(repo, ids)
+
+
+def _collect_and_rebase(story: Story, repo: Repository) -> None:
+    story.later(2 * GRACE_S)
+    assert collect(repo).rebased_bytes > 0
 
 
 def _undelete(step: int) -> Chapter:
@@ -240,6 +262,8 @@ CHAPTERS: Mapping[str, Chapter] = {
     "gc without work": _collect,
     "bit rot": _rot(6),
     "repair": _repair,
+    "forget the anchors": _forget_the_anchors,
+    "gc that rebases": _collect_and_rebase,
 }
 
 

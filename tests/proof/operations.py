@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from castore.api import Repository
-from castore.checkpoint.bases import closure
 from castore.checkpoint.undelete import undelete as undelete_refs
+from castore.closure import closure
 from castore.format.pack import ALIGN_BYTES, HEADER_BYTES, TRAILER_BYTES, record_header_bytes, row_bytes
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.forget import forget_named

@@ -1,7 +1,8 @@
 """Who meets whom in the interleavings: each scenario is a past, and programs that run at once over it.
 
-The past of all of them: main holds three saves, the first of them forgotten, so that its pack is partly dead and
-partly base of the others; `lost` is a snapshot that no ref reaches any more, beyond its grace: it may go at any time.
+The past of all of them: main holds four saves, the first two of them forgotten, so that their packs are partly dead and
+partly bases of the others, which gc stores anew; `lost` is a snapshot that no ref reaches any more, beyond its grace:
+it may go at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.proof.scheduler import Choose, Killed, Scheduler
 from tests.proof.world import GRACE_S, History, World, new_history, quiet_world, run_in
 
 LOST_STEP = 50
-FORGOTTEN_STEP = 1
+FORGOTTEN_STEP, SECOND_STEP = 1, 2
 _ANSWERS = (type(None), Killed, SnapshotGoneError, UnknownRefError, LeaseError)
 """What an operation may come to: done, dead, told that its snapshot is gone, told that another collector is at work."""
 
@@ -35,7 +36,7 @@ class Past:
     """The orphan."""
     forgotten: str
     main: tuple[str, ...]
-    """Snapshots of main, oldest first, without the forgotten one."""
+    """Snapshots of main, oldest first, without the forgotten ones."""
     elsewhere: Repository
     """Another repository, which has the orphan on a branch. Nothing happens to it."""
 
@@ -46,16 +47,17 @@ def past() -> Past:
     history = new_history()
     with quiet_world(history) as (world, repo):
         first = world.save(repo, FORGOTTEN_STEP)
-        second = world.save(repo, 2)
+        second = world.save(repo, SECOND_STEP)
         third = world.save(repo, 3)
+        fourth = world.save(repo, 4)
         lost = world.save(repo, LOST_STEP, branch="lost", parent="main")
         elsewhere = create_on(MemoryBackend("elsewhere:"))
         repo.push(elsewhere, ["lost"])
         repo.delete_branch("lost")
-        world.owed -= {lost, first}
-        forget(repo, [first])
+        world.owed -= {lost, first, second}
+        forget(repo, [first, second])
         world.clock.sleep(2 * GRACE_S)
-    return Past(history, lost, first, (second, third), elsewhere)
+    return Past(history, lost, first, (third, fourth), elsewhere)
 
 
 Program = Callable[[], object]
@@ -192,7 +194,7 @@ def _forget_beside_gc(world: World, found: Past) -> Mapping[str, Program]:
     return {
         "forgetter": program,
         "gc": collector(world, "gc"),
-        "saver": saver(world, "saver", 64, like=2, branch="again"),
+        "saver": saver(world, "saver", 64, like=3, branch="again"),
     }
 
 

@@ -10,6 +10,7 @@ from castore.leases import condemn
 from castore.maintenance.forget import forget_named
 from castore.maintenance.gc.collect import GcRequest, collect
 from castore.options import HASH_NAMES
+from tests.checkpoint.crashes import refs_of
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, open_on
 from tests.checkpoint.states import assert_same
 from tests.transfer.pairs import assert_holds_history, repository, source_with_history, state_of
@@ -89,6 +90,23 @@ def test_a_collection_at_any_call_of_a_push_takes_nothing_that_is_needed(small, 
                 assert_same(left.load(f"main@{step}"), small_state(step))
             assert left.verify(data=True).ok, counted.calls[call]
             collect(left.handle, GcRequest(wait_s=0.0))
+
+
+@pytest.mark.parametrize("ref", ["main:again", "main:tags/again"])
+def test_a_push_that_a_collection_overtakes_at_its_ref_takes_the_ref_back(small, ref) -> None:
+    """It was refused, and its ref stayed on a snapshot that then went: no collection was possible any more."""
+    target = repository()
+    small.push(target, ["main:main"])
+    before = refs_of(target.handle.backend)
+    going = [small.snapshot("main").id]
+    beside = HookedBackend(target.handle.backend)
+    condemned = at_call(
+        0, lambda: condemn(beside.inner, packs=(), snapshots=going, now_ns=1), operation="compare_and_swap"
+    )
+    beside.hook = condemned
+    with pytest.raises(LeaseError, match="push again"):
+        small.push(open_on(beside), [ref])
+    assert refs_of(target.handle.backend) == before
 
 
 def test_parity_goes_with_its_pack(small) -> None:
