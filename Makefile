@@ -24,7 +24,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 storm: $(VENV)/.dev
-	CASTORE_TEST_PROFILE=thorough $(BIN)/python -m pytest tests/proof tests/checkpoint/test_kill.py
+	CASTORE_TEST_PROFILE=thorough $(BIN)/python -m pytest tests/proof tests/test_damage.py tests/checkpoint/test_kill.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
