@@ -386,8 +386,9 @@ def test_flush_to_zero_changes_nothing(saving: bool, loading: bool) -> None:
 
 
 @pytest.fixture
-def drifting() -> Repository:
+def drifting(monkeypatch: pytest.MonkeyPatch) -> Repository:
     """Five snapshots: `w` rests on that of the first, from the third on by way of the second; and one that does not."""
+    monkeypatch.setattr("castore.checkpoint.bases.REFERENCE_MOVES_EVERY", 2**32)
     repo = new_repo()
     for step in range(5):
         repo.save({**dense(step), "noise": np.random.default_rng(step).bytes(5000)}, step=step)

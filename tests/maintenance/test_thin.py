@@ -256,7 +256,7 @@ def test_a_leaf_with_an_id_list_stays_provable(repository: Repository, monkeypat
     for module in (
         "castore.format.manifest",
         "castore.checkpoint.plan",
-        "castore.snapshots",
+        "castore.manifests",
         "castore.maintenance.parts",
     ):
         monkeypatch.setattr(f"{module}.PART_CHUNKS_MAX", 2)

@@ -323,6 +323,8 @@ class Ledger:
             below = best[base[root[above]]]
             root[above] = np.where(below >= 0, below, root[above])
         pinning = np.flatnonzero(np.isin(root, root[~direct]) & (base[root] < 0))
+        if not len(pinning):
+            return  # what is pinned rests on bases that no pack holds
         order = pinning[np.lexsort((depth[kept[pinning]], root[pinning]))]
         starts = np.flatnonzero(np.diff(root[order], prepend=_NONE))
         for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
