@@ -78,8 +78,8 @@ def decode_config(data: bytes, *, where: str) -> Config:
     version = text_field(fields, "format", int, name=where)
     if version == PRE_RELEASE_VERSION:
         raise UnsupportedFormatError(
-            f"{where}: repository format {PRE_RELEASE_VERSION}, made by a pre-release of castore; this one reads format "
-            f"{FORMAT_VERSION}: load the states with that pre-release and save them into a new repository"
+            f"{where}: repository format {PRE_RELEASE_VERSION}, made by a pre-release of castore; this one reads "
+            f"format {FORMAT_VERSION}: load the states with that pre-release and save them into a new repository"
         )
     if version != FORMAT_VERSION:
         raise UnsupportedFormatError(
