@@ -40,6 +40,8 @@ from tools.golden_workshop import HASHER, Workshop, flip, plant
 from tools.make_golden import SteppingClock, describe
 
 CENTURY_S = 100 * 365.25 * 24 * 3600
+EVENT: tuple[Any, ...] = (1.5, 2, 3, "action", (), {})
+"""A named tuple of the standard library, with any values."""
 TEMPORARY = ("cache", "leases", ".lock", "gc/reserve")
 """What a repository can do without, and what is not checked in."""
 
@@ -92,7 +94,7 @@ def plain_state(step: int) -> dict[str, Any]:
         "keys": {7: "int", "1": "text", True: "bool", None: "none", 0.5: "float", b"\1": "bytes", (1, "b"): "tuple",
                  "a/b*%": "escaped", "": "empty", "~x": "tilde"},
         "ordered": OrderedDict(b=1, a={}),
-        "event": Event(1.5, 2, 3, "action", (), {}),
+        "event": Event(*EVENT),
         "point": Point(1, "y"),
         "nothing": [],
         "step": step,
@@ -156,7 +158,8 @@ def copies_state(step: int) -> dict[str, Any]:
 def _cut_half(values: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float16]]:
     nearest = values.astype(np.float16)
     away = np.abs(nearest.astype(np.float32)) > np.abs(values)
-    return (nearest.view(np.uint16) - away.astype(np.uint16)).view(np.float16)
+    halves: np.ndarray[Any, np.dtype[np.float16]] = (nearest.view(np.uint16) - away).view(np.float16)
+    return halves
 
 
 def runs_state(step: int) -> dict[str, Any]:
@@ -347,7 +350,7 @@ BROKEN = (
 def expectation(root: Path, made: Recorder) -> dict[str, Any]:
     """Names and ids as castore gave them when it wrote; rows of what it was given."""
     repo = made.repo
-    history = {snapshot.id: snapshot for snapshot in repo.snapshots()}
+    history: dict[str, Any] = {snapshot.id: snapshot for snapshot in repo.snapshots()}
     snapshots = {}
     for snapshot_id, state in made.states.items():
         snapshot = history.get(snapshot_id)
