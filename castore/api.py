@@ -610,6 +610,8 @@ class Repository:
         from castore.maintenance.gc.target import collect_to_target
         from castore.maintenance.policy import apply_policy, collection_is_due, note_collected
 
+        # Here too: a policy is applied, or snapshots are forgotten, before anything is collected.
+        self._handle.config.check_features("write", "gc", where=self._handle.backend.location)
         self._settle()
         request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
         if auto and not dry_run:

@@ -62,7 +62,13 @@ def test_a_document_that_differs_is_filled_again(tool: ModuleType) -> None:
 
 def test_the_document_says_which_version_it_describes() -> None:
     text = (ROOT / "docs" / "FORMAT.md").read_text(encoding="utf-8")
-    for module, name in (("config", "FORMAT_VERSION"), ("pack", "PACK_VERSION"), ("snapshot", "SNAPSHOT_VERSION")):
+    for module, name in (
+        ("config", "FORMAT_VERSION"),
+        ("pack", "PACK_VERSION"),
+        ("manifest", "PART_VERSION"),
+        ("snapshot", "SNAPSHOT_VERSION"),
+        ("parity", "PARITY_VERSION"),
+    ):
         version = getattr(importlib.import_module(f"castore.format.{module}"), name)
-        assert version == 0
-    assert "**Version 0, provisional.**" in text
+        assert version == 1
+    assert "**Version 1.**" in text

@@ -379,7 +379,7 @@ def test_an_entry_with_any_value_in_any_field_is_refused_or_makes_sense(index: i
 
 @given(value=msgpack_values)
 def test_a_part_of_any_shape_is_refused(value: Any) -> None:
-    for packed in (value, [0, value], [0, [value]], [value, []]):
+    for packed in (value, [1, value], [1, [value]], [value, []]):
         decodes_or_refuses(decode_whole_part, msgpack.packb(packed, use_bin_type=True))
 
 

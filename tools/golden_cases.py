@@ -429,7 +429,12 @@ def ref_files_with_hostile_names(shop: Workshop) -> None:
 
 @case(opens=UnsupportedFormatError)
 def config_of_a_newer_format(shop: Workshop) -> None:
-    edit_config(shop.root, format=1)
+    edit_config(shop.root, format=2)
+
+
+@case(opens=UnsupportedFormatError)
+def config_of_a_pre_release(shop: Workshop) -> None:
+    edit_config(shop.root, format=0)
 
 
 @case(opens=UnsupportedFormatError)
@@ -701,32 +706,32 @@ def a_part_of_a_newer_version(shop: Workshop) -> None:
 
 @case(**PART)
 def a_part_with_too_few_fields(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry()[:8]]])
+    plant_packed(shop, [1, [packed_entry()[:8]]])
 
 
 @case(**PART)
 def a_leaf_of_an_unknown_kind(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry(kind=63)]])
+    plant_packed(shop, [1, [packed_entry(kind=63)]])
 
 
 @case(**PART)
 def a_leaf_of_an_exabyte(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry(raw_bytes=2**60, data=[b"0" * 16])]])
+    plant_packed(shop, [1, [packed_entry(raw_bytes=2**60, data=[b"0" * 16])]])
 
 
 @case(**PART)
 def a_leaf_of_a_negative_length(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry(raw_bytes=-1, data=b"")]])
+    plant_packed(shop, [1, [packed_entry(raw_bytes=-1, data=b"")]])
 
 
 @case(**PART)
 def a_shape_that_no_machine_can_count(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry(kind=int(Kind.NDARRAY), dtype="<f4", shape=[2**63, 2])]])
+    plant_packed(shop, [1, [packed_entry(kind=int(Kind.NDARRAY), dtype="<f4", shape=[2**63, 2])]])
 
 
 @case(**PART)
 def attributes_with_keys_of_two_types(shop: Workshop) -> None:
-    plant_packed(shop, [0, [packed_entry(attrs={"a": 1, b"a": 2})]])
+    plant_packed(shop, [1, [packed_entry(attrs={"a": 1, b"a": 2})]])
 
 
 @case(**PART)
@@ -736,7 +741,7 @@ def a_part_that_says_it_has_four_billion_entries(shop: Workshop) -> None:
 
 @case(ref="hostile", structure="snapshot", lost={666: ()})
 def attributes_nested_without_end(shop: Workshop) -> None:
-    packed = msgpack.packb([0, [packed_entry(attrs={"a": None})]], use_bin_type=True)
+    packed = msgpack.packb([1, [packed_entry(attrs={"a": None})]], use_bin_type=True)
     deep = b"\x91" * 900 + b"\xc0"
     shop.plant_parts([packed.replace(b"\xa1a\xc0", b"\xa1a" + deep)])
 

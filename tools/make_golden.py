@@ -4,8 +4,8 @@
 
 Each case (golden_cases.py) says what castore must answer: the error of `open`, `load` and `save`, the kinds of problems
 that `verify` finds without and with `data`, and exactly which leaves of which snapshots are lost. tests/test_golden.py
-builds every case and asks. While the format is provisional the bytes are made afresh each time; later they are checked
-in.
+builds every case and asks. These bytes are made afresh each time, by the writer of today; those of released versions
+are checked in (tests/golden).
 
 Pack ids, nonces and the repository id are random by design; the clock and the contents are fixed.
 """

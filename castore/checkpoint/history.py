@@ -53,6 +53,7 @@ _COPIED = Elements(4, is_float=True)
 
 def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) -> Ref:
     """Make or move a branch. See `Repository.branch`."""
+    handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
     with writer_lease(backend, purpose="branch", now_ns=now_ns):
@@ -86,6 +87,7 @@ def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) ->
 
 def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
     """Make a tag. See `Repository.tag`."""
+    handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
     with writer_lease(backend, purpose="tag", now_ns=now_ns):
@@ -105,6 +107,7 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
 
 def remove_branch(handle: Handle, name: str) -> None:
     """Remove a branch. See `Repository.delete_branch`."""
+    handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     _note_end(handle, read_branch, name)
     if not delete_ref_file(handle.backend, branch_name(name)):
@@ -115,6 +118,7 @@ def remove_branch(handle: Handle, name: str) -> None:
 
 def remove_tag(handle: Handle, name: str) -> None:
     """Remove a tag. See `Repository.delete_tag`."""
+    handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     _note_end(handle, read_tag, name)
     if not delete_ref_file(handle.backend, tag_name(name)):

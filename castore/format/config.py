@@ -2,15 +2,17 @@
 
 It is a text file (textfile.py) with these fields:
 
-    format          int     format version; 0 is provisional
+    format          int     format version, 1
     id              str     32 hex digits, random: two repositories are never mistaken for each other
     hash            str     "xxh3-128" or "blake3"
     compression     str     "auto", "lz4" or "none"
     lease_s         number  how long another host's lease counts as alive without a sign of life
     orphan_grace_s  number  how long a snapshot without a ref is kept
     created_ns      int     ns since 1970
-    features        object  {"read": [..], "write": [..], "gc": [..]}: names that an operation must understand,
-                            else it refuses
+    features        object  {"read": [..], "write": [..], "gc": [..]}: names of what castores later than the first
+                            added, and what must know it: whoever reads; adds, moves or marks; takes away
+
+Fields that a reader does not know are passed over.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from castore.format.textfile import decode_text_file, encode_text_file, text_fie
 from castore.ids import is_hex
 from castore.options import COMPRESSIONS, HASH_NAMES, RepositoryOptions
 
-FORMAT_VERSION = 0
+FORMAT_VERSION = 1
+PRE_RELEASE_VERSION = 0
+"""What pre-releases wrote, each in its own way: no castore reads it."""
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """Feature flags that this castore understands; none exist yet."""
 
@@ -41,14 +45,15 @@ class Config:
     created_ns: int
     features: dict[Operation, frozenset[str]]
 
-    def check_features(self, operation: Operation, *, where: str) -> None:
-        """Raise UnsupportedFormatError when the operation needs a feature that this castore lacks."""
-        unknown = sorted(self.features[operation] - KNOWN_FEATURES)
-        if unknown:
-            raise UnsupportedFormatError(
-                f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; "
-                "install a newer one"
-            )
+    def check_features(self, *operations: Operation, where: str) -> None:
+        """Raise UnsupportedFormatError when one of the operations needs a feature that this castore lacks."""
+        for operation in operations:
+            unknown = sorted(self.features[operation] - KNOWN_FEATURES)
+            if unknown:
+                raise UnsupportedFormatError(
+                    f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; "
+                    "install a newer one"
+                )
 
 
 def encode_config(config: Config) -> bytes:
@@ -71,6 +76,11 @@ def decode_config(data: bytes, *, where: str) -> Config:
     """Raises FormatError, ChecksumError or UnsupportedFormatError."""
     fields = decode_text_file(data, name=where)
     version = text_field(fields, "format", int, name=where)
+    if version == PRE_RELEASE_VERSION:
+        raise UnsupportedFormatError(
+            f"{where}: repository format {PRE_RELEASE_VERSION}, made by a pre-release of castore; this one reads "
+            f"format {FORMAT_VERSION}: load the states with that pre-release and save them into a new repository"
+        )
     if version != FORMAT_VERSION:
         raise UnsupportedFormatError(
             f"{where}: repository format {version}; this castore reads format {FORMAT_VERSION}: install a newer castore"

@@ -4,7 +4,7 @@
                    chunk ids on the fixed grid of the logical row-major bytes, for inline leaves too; no ids for 0 bytes
     state id     = H("castore.state" 00 | row | row | …)
                    rows sorted by path (code points), one per entry except STORAGE
-    row          = msgpack [path, kind, dtype, shape, attrs sorted by key, raw_bytes, leaf digest]
+    row          = msgpack [path, kind, dtype, shape, attrs sorted by key (a map, be it empty), raw_bytes, leaf digest]
 
 An alias has the row of its target under its own path; a view has the row of the TENSOR or
 NDARRAY that it is, with its own digest and of its attrs only `descr`; containers have

@@ -16,7 +16,7 @@
     gc/<random>.condemned           packs and snapshots that a collector will remove
     gc/<random>.drain               the leases that were older than that, which it waits for
     gc/<random>.collector           the claim of a collector at work
-    gc/reserve                      space that a collector needs when the disk is full
+    gc/reserve                      space that a collector needs when the disk is full; may be missing
     damaged/<pack id>.<random>      records that did not read right: writers store their chunks again
     lost/<snapshot id>              what a repair found to be lost of a snapshot
     quarantine/<random>/<name>      what a repair took out of the way, under the name it had, and `why`

@@ -15,7 +15,7 @@ An entry is a msgpack array of 9 fields:
                   nil    containers, aliases and views, which have no bytes of their own
     8  digest     bin    views only: the leaf digest of the view's own bytes; else nil
 
-A part is a msgpack array [0, [entry, …]]: 0 is the part version. Parts are stored as chunks, so a part that did not
+A part is a msgpack array [1, [entry, …]]: 1 is the part version. Parts are stored as chunks, so a part that did not
 change is not written again. The cut depends only on the entries: a part ends after an entry when it holds
 PART_ENTRIES_MAX entries or PART_CHUNKS_MAX chunk ids, or when it holds at least PART_ENTRIES_MIN entries and
 xxh3-64(path) is divisible by 64; so an entry put in the middle moves no boundary far away.
@@ -42,7 +42,7 @@ from castore.options import (
     PART_ENTRIES_MIN,
 )
 
-PART_VERSION = 0
+PART_VERSION = 1
 _BOUNDARY_MODULUS = 64
 _ENTRY_FIELDS = 9
 _SHAPE_DIMS_MAX = 64

@@ -74,7 +74,7 @@ from castore.hashing import Hasher, checksum, hasher_numbered
 from castore.ids import Buffer, ChunkId, PackId
 from castore.options import GRID_BYTES, PAGE_BYTES, PART_BYTES_MAX, RECORD_STORED_BYTES_MAX, TABLE_ROWS_MAX
 
-PACK_VERSION = 0
+PACK_VERSION = 1
 PACK_MAGIC = b"CASTPACK"
 RECORD_MAGIC = b"CREC"
 RUN_MAGIC = b"CRUN"

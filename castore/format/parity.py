@@ -40,7 +40,7 @@ from castore.errors import ChecksumError, FormatError, UnsupportedFormatError
 from castore.hashing import checksum
 from castore.ids import Buffer, PackId
 
-PARITY_VERSION = 0
+PARITY_VERSION = 1
 PARITY_MAGIC = b"CASTPARI"
 HEADER_BYTES = 96
 STRETCHES_MAX = 255

@@ -41,7 +41,7 @@ from castore.hashing import Hasher, hasher_numbered
 from castore.ids import Buffer, ChunkId, SnapshotId, StateId, is_hex
 from castore.options import SNAPSHOT_BYTES_MAX
 
-SNAPSHOT_VERSION = 0
+SNAPSHOT_VERSION = 1
 SNAPSHOT_MAGIC = b"CASTSNAP"
 _PREFIX = struct.Struct("<8sHB5sQ")
 _TAG = b"castore.snapshot"

@@ -2,7 +2,7 @@ r"""Small files that a person may read: config, refs, leases, condemned sets.
 
 Two lines of UTF-8, so that `cat` shows them and a flipped bit cannot hide:
 
-    {"format":0,...}\n                        one JSON object, keys sorted, no spaces
+    {"format":1,...}\n                        one JSON object, keys sorted, no spaces
     xxh3-128:0123456789abcdef...\n            digest of the first line with its newline
 
 A file of any other shape is damage, never an empty value.

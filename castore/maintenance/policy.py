@@ -111,6 +111,7 @@ def write_policy(handle: Handle, policy: Policy) -> None:
 
 def clear_policy(handle: Handle) -> bool:
     """Remove the stored policy, a damaged one too; False when there was none."""
+    handle.config.check_features("write", where=handle.backend.location)
     found = _replace(handle.backend, POLICY, None)
     _replace(handle.backend, POLICY_APPLIED, None)
     return found
@@ -122,6 +123,7 @@ def apply_policy(handle: Handle, *, dry_run: bool = False, progress: Progress | 
     if policy is None:
         return None
     if not dry_run:
+        handle.config.check_features("write", where=handle.backend.location)
         # First, so that of several writers who find it due most leave it to one.
         _replace(handle.backend, POLICY_APPLIED, encode_text_file({"applied_ns": handle.clock()}))
     forget = thin = None

@@ -29,10 +29,10 @@ def changed(**fields: Any) -> bytes:
 
 def test_the_bytes_are_pinned() -> None:
     line = (
-        b'{"compression":"auto","created_ns":1700000000000000000,"features":{"gc":[],"read":[],"write":[]},"format":0,'
+        b'{"compression":"auto","created_ns":1700000000000000000,"features":{"gc":[],"read":[],"write":[]},"format":1,'
         b'"hash":"xxh3-128","id":"000102030405060708090a0b0c0d0e0f","lease_s":60.0,"orphan_grace_s":1209600.0}'
     )
-    assert_golden(encode_config(CONFIG), (line + b"\nxxh3-128:fc55f2cd33291acdd07cc261e7d93fd2\n").hex())
+    assert_golden(encode_config(CONFIG), (line + b"\nxxh3-128:f1bf02b010333c497f378dd2767a684b\n").hex())
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_fields_that_are_not_known_are_passed_over() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": FORMAT_VERSION + 1}, "repository format 1; this castore reads format 0: install a newer castore"),
+        ({"format": FORMAT_VERSION + 1}, "repository format 2; this castore reads format 1: install a newer castore"),
         ({"hash": "sha256"}, "hash 'sha256' is unknown; expected xxh3-128, blake3"),
         ({"compression": "brotli"}, "compression 'brotli' is unknown"),
     ],

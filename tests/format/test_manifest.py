@@ -76,7 +76,7 @@ def packed(**fields: Any) -> bytes:
         "digest": None,
     }
     assert fields.keys() <= entry.keys()
-    return msgpack.packb([0, [list({**entry, **fields}.values())]])
+    return msgpack.packb([1, [list({**entry, **fields}.values())]])
 
 
 def part(data: bytes) -> list[Entry]:
@@ -90,7 +90,7 @@ def test_the_bytes_are_pinned() -> None:
     assert_golden(
         encode_part(ENTRIES),
         """
-        92 00 95
+        92 01 95
         99 a0 01 a0 91 03 c0 c0 00 c0 c0
         99 a2 6c72 13 a0 90 c0 c0 08 c408 0000000000000000 c0
         99 a1 77 30 a8 62666c6f61743136 92 cd0200 cd0200 c0
@@ -229,24 +229,25 @@ def test_an_entry_that_cannot_be_is_named(fields: dict[str, Any], message: str) 
         msgpack.packb(0),
         msgpack.packb([]),
         msgpack.packb([0]),
-        msgpack.packb([0, None]),
-        msgpack.packb([0, {}]),
-        msgpack.packb([1, []]),
+        msgpack.packb([1, None]),
+        msgpack.packb([1, {}]),
+        msgpack.packb([0, []]),
+        msgpack.packb([2, []]),
         msgpack.packb([None, []]),
-        msgpack.packb([0, [], 0]),
-        msgpack.packb([0, [None]]),
-        msgpack.packb([0, [[]]]),
-        msgpack.packb([0, [[""] * 10]]),
+        msgpack.packb([1, [], 0]),
+        msgpack.packb([1, [None]]),
+        msgpack.packb([1, [[]]]),
+        msgpack.packb([1, [[""] * 10]]),
         msgpack.packb({0: []}),
-        msgpack.packb([0, []]) + b"\0",
-        msgpack.packb([0, [{"a": 1}]]),
-        b"\x92\x00\xdd\xff\xff\xff\xff",
-        b"\x92\x00\x91\xc6\xff\xff\xff\xff",
-        b"\x92\x00\x91" + b"\x91" * 500 + b"\xc0",
-        b"\x92\x00\x91" + b"\x91" * 1000 + b"\xc0",
-        b"\x92\x00\x91" + b"\x91" * 100_000 + b"\xc0",
-        b"\x92\x00\x91\xc7\x0c\xff" + b"\xff" * 12,
-        b"\x92\x00\x91\xa2\xff\xff",
+        msgpack.packb([1, []]) + b"\0",
+        msgpack.packb([1, [{"a": 1}]]),
+        b"\x92\x01\xdd\xff\xff\xff\xff",
+        b"\x92\x01\x91\xc6\xff\xff\xff\xff",
+        b"\x92\x01\x91" + b"\x91" * 500 + b"\xc0",
+        b"\x92\x01\x91" + b"\x91" * 1000 + b"\xc0",
+        b"\x92\x01\x91" + b"\x91" * 100_000 + b"\xc0",
+        b"\x92\x01\x91\xc7\x0c\xff" + b"\xff" * 12,
+        b"\x92\x01\x91\xa2\xff\xff",
         bytes(PART_BYTES_MAX + 1),
     ],
 )
@@ -257,7 +258,7 @@ def test_what_is_no_part_is_a_format_error(data: bytes) -> None:
 
 
 def test_a_newer_part_says_so() -> None:
-    with pytest.raises(FormatError, match="expected part version 0, found 7; a newer castore may read it"):
+    with pytest.raises(FormatError, match="expected part version 1, found 7; a newer castore may read it"):
         part(msgpack.packb([7, []]))
 
 
@@ -272,7 +273,7 @@ def test_a_damaged_part_gives_entries_or_a_format_error(at: int, value: int, cut
 
 @given(st.binary(max_size=100))
 def test_garbage_gives_entries_or_a_format_error(data: bytes) -> None:
-    for garbage in (data, b"\x92\x00" + data, b"\x92\x00\x91\x99" + data):
+    for garbage in (data, b"\x92\x01" + data, b"\x92\x01\x91\x99" + data):
         with contextlib.suppress(FormatError):
             part(garbage)
 
@@ -378,12 +379,12 @@ def test_the_ids_that_a_part_names_are_those_of_its_entries() -> None:
     [
         b"",
         b"\xc1",
-        msgpack.packb([0, [[1, 2, 3]]]),
+        msgpack.packb([1, [[1, 2, 3]]]),
         msgpack.packb([7, []]),
-        msgpack.packb([0, 5]),
-        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, [b"short"], None]]]),
-        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, [bytes(16), None, 1], None]]]),
-        msgpack.packb([0, [["x", 48, "uint8", [1], None, None, 300, ["text"], None]]]),
+        msgpack.packb([1, 5]),
+        msgpack.packb([1, [["x", 48, "uint8", [1], None, None, 300, [b"short"], None]]]),
+        msgpack.packb([1, [["x", 48, "uint8", [1], None, None, 300, [bytes(16), None, 1], None]]]),
+        msgpack.packb([1, [["x", 48, "uint8", [1], None, None, 300, ["text"], None]]]),
     ],
 )
 def test_a_part_that_is_none_names_nothing(part: bytes) -> None:

@@ -75,8 +75,8 @@ def test_the_header_is_pinned() -> None:
     assert_golden(
         encode_header(HEADER),
         """
-        434153545041434b000001100000000000002a36fe9c97170001020304050607
-        08090a0b0c0d0e0f525252525252525252525252525252523a9a233b1f5ced4b
+        434153545041434b010001100000000000002a36fe9c97170001020304050607
+        08090a0b0c0d0e0f52525252525252525252525252525252a97292c3a64622c9
         """,
     )
 
@@ -104,9 +104,9 @@ def test_a_header_that_cannot_be_is_named() -> None:
         (body, FormatError, "found 56"),
         (b"PK\3\4" + bytes(60), FormatError, "not a pack"),
         (
-            with_sum(body[:8] + b"\1\0" + body[10:]),
+            with_sum(body[:8] + b"\2\0" + body[10:]),
             UnsupportedFormatError,
-            "pack version 1; this castore reads version 0",
+            "pack version 2; this castore reads version 1",
         ),
         (with_sum(body[:10] + b"\7" + body[11:]), UnsupportedFormatError, "hash algorithm number 7"),
         (with_sum(body[:11] + b"\x20" + body[12:]), FormatError, "expected ids of 16 bytes, found 32"),

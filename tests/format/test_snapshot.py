@@ -38,7 +38,7 @@ RECORD = SnapshotRecord(
 )
 
 
-def sealed(body: bytes, *, algorithm: int = 1, version: int = 0) -> bytes:
+def sealed(body: bytes, *, algorithm: int = 1, version: int = 1) -> bytes:
     """A file around any body, with the right lengths and digest."""
     prefix = (
         b"CASTSNAP" + version.to_bytes(2, "little") + bytes([algorithm]) + bytes(5) + len(body).to_bytes(8, "little")
@@ -61,7 +61,7 @@ def test_the_bytes_and_the_id_are_pinned() -> None:
     assert_golden(
         data,
         """
-        43415354534e415000000100000000007f01000000000000de0010a57374617465d92061626162616261626162616261
+        43415354534e415001000100000000007f01000000000000de0010a57374617465d92061626162616261626162616261
         62616261626162616261626162616261626162a7706172656e747392d920636463646364636463646364636463646364
         6364636463646364636463646364d9206566656665666566656665666566656665666566656665666566656665666566
         a66272616e6368a46d61696ea473746570cd04b0a774696d655f6e73cf17979cfe362a0000a76d65747269637382a46c
@@ -135,7 +135,7 @@ def test_swapped_files_are_seen() -> None:
 
 
 def test_a_newer_version_and_an_unknown_hash_say_so() -> None:
-    with pytest.raises(UnsupportedFormatError, match="snapshot version 3; this castore reads version 0"):
+    with pytest.raises(UnsupportedFormatError, match="snapshot version 3; this castore reads version 1"):
         decode(sealed(b"", version=3))
     with pytest.raises(UnsupportedFormatError, match="hash algorithm number 9"):
         decode(sealed(b"", algorithm=9))

@@ -95,7 +95,7 @@ def collect(
     of them, gc is simply run again.
     """
     check_request(request)
-    handle.config.check_features("gc", where=handle.backend.location)
+    handle.config.check_features("write", "gc", where=handle.backend.location)  # what must stay is copied first
     watch = Watch(lease_s=handle.config.options.lease_s, monotonic_s=monotonic_s, sleep=sleep)
     if request.dry_run:
         survey = Survey(handle, progress=progress)

@@ -114,7 +114,7 @@ def _parity_of(handle: Handle) -> Iterator[Sequence[ChunkSource]]:
 
 
 def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, progress: Progress | None) -> RepairReport:
-    handle.config.check_features("write", where=handle.backend.location)
+    handle.config.check_features("write", "gc", where=handle.backend.location)  # it takes files out of the way
     with _alone(handle):
         done = _Done()
         first = plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
