@@ -376,6 +376,28 @@ def test_a_base_that_moved_is_looked_up_again() -> None:
     assert out == SECOND
 
 
+def test_a_base_that_was_looked_up_ahead_and_has_moved_since_is_read_where_it_is_now() -> None:
+    """A process verifies, then collects: its own sweep moves the bases that were looked up before."""
+    backend = delta_packs()
+    store = open_store(backend)
+    (location,) = store.locate([HASHER.chunk_id(SECOND)])[HASHER.chunk_id(SECOND)]
+    store.note_bases([(location,)])
+    store.add({pack_id(9): write_pack(backend, [DELTA], number=9).rows})
+    store.forget([pack_id(3)])
+    collect(backend, 3)
+    assert store.read_base(location.row, where="here", verify=True) == DELTA
+
+
+def test_a_base_that_was_looked_up_ahead_and_has_rotted_is_read_elsewhere() -> None:
+    backend = delta_packs()
+    store = open_store(backend)
+    (location,) = store.locate([HASHER.chunk_id(SECOND)])[HASHER.chunk_id(SECOND)]
+    store.note_bases([(location,)])
+    store.add({pack_id(9): write_pack(backend, [DELTA], number=9).rows})
+    rewrite(backend, pack_name(pack_id(3)), flip(payload_at(backend, 3, HASHER.chunk_id(DELTA)) + 5))
+    assert store.read_base(location.row, where="here", verify=True) == DELTA
+
+
 def test_records_that_rest_on_each_other_end_in_an_error() -> None:
     # Two writers stored each chunk as a difference from the other: a depth must grow, so no circle is followed.
     backend = MemoryBackend()
