@@ -245,7 +245,11 @@ class _Collection:
         temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
-        parity_bytes = remove_stale_parity(backend)
+        parity_bytes = 0
+        if survey.ledger.absent_count or survey.ledger.broken_count:
+            notes.append("chunks that are needed are in no pack: parity is kept; run `castore repair`")
+        else:
+            parity_bytes = remove_stale_parity(backend)
         self._freed_bytes += parity_bytes
         marks = remove_stale_marks(backend, survey.roots)
         if young is not None:
