@@ -36,6 +36,7 @@ from castore.format.pack import Row, check_row
 from castore.hashing import Hasher, checksum
 from castore.ids import ChunkId, PackId
 from castore.index.base import Index, Location
+from castore.options import TWO_BASES_DEPTH_MAX
 from castore.pack.reader import Gap, read_table, scan_records
 
 _OPEN_READERS_MAX = 64
@@ -342,6 +343,10 @@ class ChunkStore:
             name = chain_name(row.chain)
             raise FormatError(
                 f"{where}: {name} of {row.raw_bytes} bytes needs {len(lengths)} bases, found {row.base_ids}"
+            )
+        if len(lengths) > 1 and row.depth > TWO_BASES_DEPTH_MAX:
+            raise FormatError(
+                f"{where}: expected two bases at a depth of at most {TWO_BASES_DEPTH_MAX}, found {row.depth}"
             )
         out = _memory(row.depth, sum(lengths))
         start = 0
