@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from castore.errors import (
     CastoreError,
@@ -38,14 +38,23 @@ from castore.snapshots import Leaf, Snapshot, ancestry, list_snapshot_ids, make_
 
 if TYPE_CHECKING:
     from castore.checkpoint.background import BackgroundSaver, PendingSave
+    from castore.checkpoint.diff import Diff
     from castore.checkpoint.request import SaveRequest
     from castore.checkpoint.stage import StagedState
     from castore.checkpoint.undelete import ForgottenSnapshot, UndeleteReport
     from castore.checkpoint.valid import ValidState
     from castore.maintenance.forget import ForgetReport
+    from castore.maintenance.gc.report import GcReport
+    from castore.maintenance.parity import ParityReport
     from castore.maintenance.policy import Policy, PolicyCounter, PolicyReport
+    from castore.maintenance.reindex import ReindexReport
+    from castore.maintenance.repack import RepackReport
+    from castore.maintenance.repair.execute import RepairReport
+    from castore.maintenance.repair.sources import ChunkSource
+    from castore.maintenance.report import VerifyReport
     from castore.maintenance.retention import Duration, Keep
     from castore.maintenance.thin import ThinReport
+    from castore.maintenance.usage import Usage
     from castore.transfer.execute import TransferReport
 
 Progress = Callable[[int, int], None]
@@ -341,7 +350,7 @@ class Repository:
         paths: Sequence[str] | None = None,
         values: bool = True,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> Diff:
         """What changed from `a` to `b`, leaf by leaf.
 
         `values=True` reads the changed leaves and compares them as numbers (largest absolute difference, relative L2,
@@ -517,7 +526,7 @@ class Repository:
         max_duration: Duration | None = None,
         max_age: Duration | None = None,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> VerifyReport:
         """Check that everything reachable is there and well-formed; with `data=True` read and hash every byte.
 
         `max_duration` and `max_age` ("10m", "30d", seconds, a timedelta) spread the reading over many runs: packs are
@@ -542,7 +551,7 @@ class Repository:
         dry_run: bool = False,
         fix_refs: bool = False,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> RepairReport:
         """Bring a damaged repository to a state that can be worked with, and lose nothing that can still be read.
 
         Records that read right are copied out of damaged packs into new ones; what is damaged then moves to the folder
@@ -570,11 +579,37 @@ class Repository:
             progress=progress,
         )
 
-    def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Any:
+    def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Usage:
         """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
         from castore.maintenance.usage import usage
 
         return usage(self._handle, depth=depth, progress=progress)
+
+    @overload
+    def gc(
+        self,
+        dry_run: bool = False,  # noqa: FBT001, FBT002
+        *,
+        auto: Literal[False] = False,
+        repack_below: float = REPACK_BELOW,
+        repack_bytes_max: int = REPACK_BYTES_MAX,
+        target_bytes: int | None = None,
+        wait_s: float | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> GcReport: ...
+
+    @overload
+    def gc(
+        self,
+        dry_run: bool = False,  # noqa: FBT001, FBT002
+        *,
+        auto: bool,
+        repack_below: float = REPACK_BELOW,
+        repack_bytes_max: int = REPACK_BYTES_MAX,
+        target_bytes: int | None = None,
+        wait_s: float | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> GcReport | None: ...
 
     def gc(
         self,
@@ -586,7 +621,7 @@ class Repository:
         target_bytes: int | None = None,
         wait_s: float | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-    ) -> Any:
+    ) -> GcReport | None:
         """Free what no branch, tag or orphan within its grace needs. Saves and loads go on meanwhile.
 
         Args:
@@ -635,7 +670,7 @@ class Repository:
         flatten: bool = False,
         dry_run: bool = False,
         progress: Progress | None = None,
-    ) -> Any:
+    ) -> RepackReport:
         """Write chunks of these snapshots (default: of all) again in another encoding; no manifest changes.
 
         `flatten` makes deltas and rounded copies stand by themselves, so that loads read no bases and nothing is kept
@@ -651,13 +686,13 @@ class Repository:
         snapshots = None if refs is None else [self._resolve(ref) for ref in refs]
         return repack(self._handle, snapshots, level=level, flatten=flatten, dry_run=dry_run, progress=progress)
 
-    def reindex(self, *, progress: Progress | None = None) -> Any:
+    def reindex(self, *, progress: Progress | None = None) -> ReindexReport:
         """Build the index again from the packs."""
         from castore.maintenance.reindex import reindex
 
         return reindex(self._handle, progress=progress)
 
-    def add_parity(self, *, overhead_percent: int = 10, progress: Progress | None = None) -> Any:
+    def add_parity(self, *, overhead_percent: int = 10, progress: Progress | None = None) -> ParityReport:
         """Protect every pack that is not yet: parity from which lost or rotten stretches of it can be restored.
 
         `overhead_percent` of a pack's bytes restore as large a part of it, in one piece or scattered. Packs of later
@@ -776,7 +811,7 @@ class Repository:
             self._saver.wait()
             self._saver.raise_failure()
 
-    def _chunk_source(self, source: Any) -> Any:
+    def _chunk_source(self, source: Any) -> ChunkSource:
         """A source for `repair`: a repository, or a state that is hashed as a save would."""
         from castore.maintenance.repair.sources import MappedSource, RepositorySource
 

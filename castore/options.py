@@ -40,6 +40,8 @@ PART_BYTES_MAX = 16 * MIB
 SNAPSHOT_BYTES_MAX = 64 * MIB
 TEXT_FILE_BYTES_MAX = 1 * MIB
 TABLE_ROWS_MAX = 4_000_000
+TWO_BASES_DEPTH_MAX = 8
+"""Depth of a record that rests on two bases: each level may double what is read. Copies are written at up to 3."""
 SKELETON_DEPTH_MAX = 200
 """Nesting of a state; deeper than any real state and well inside the interpreter's recursion limit."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from castore.backend.base import Backend, RangeReader
 from castore.codec.registry import DERIVED, base_lengths, chain_name, decode_chain
@@ -35,6 +36,7 @@ from castore.format.pack import Row, check_row
 from castore.hashing import Hasher, checksum
 from castore.ids import ChunkId, PackId
 from castore.index.base import Index, Location
+from castore.options import TWO_BASES_DEPTH_MAX
 from castore.pack.reader import Gap, read_table, scan_records
 
 _OPEN_READERS_MAX = 64
@@ -181,6 +183,7 @@ class ChunkStore:
     def forget(self, pack_ids: Collection[PackId]) -> None:
         """Let go of packs that are about to be deleted: nothing is found in them any more, and no file stays open."""
         with self._lock:
+            self._noted_bases = {}
             self._index.forget(pack_ids)
             if self._listing is not None:
                 self._listing -= frozenset(pack_ids)
@@ -341,18 +344,33 @@ class ChunkStore:
             raise FormatError(
                 f"{where}: {name} of {row.raw_bytes} bytes needs {len(lengths)} bases, found {row.base_ids}"
             )
+        if len(lengths) > 1 and row.depth > TWO_BASES_DEPTH_MAX:
+            raise FormatError(
+                f"{where}: expected two bases at a depth of at most {TWO_BASES_DEPTH_MAX}, found {row.depth}"
+            )
         out = _memory(row.depth, sum(lengths))
         start = 0
         for base_id, length in zip(row.base_ids, lengths, strict=True):
-            locations = self._noted_bases.get(base_id) or self.locate([base_id])[base_id]
-            shallower = tuple(hit for hit in locations if hit.row.depth < row.depth)
             try:
-                self._read_any(base_id, shallower, out[start : start + length], verify=verify)
+                self._read_base(base_id, row.depth, out[start : start + length], verify=verify)
             except DamageError as error:
                 role = "master" if row.chain == (DERIVED,) else "delta base"
                 raise type(error)(f"{where}: its {role} {base_id.hex()} cannot be read: {error}") from error
             start += length
         return out
+
+    def _read_base(self, base_id: ChunkId, depth: int, out: memoryview, *, verify: bool) -> None:
+        """Fill `out` from a location less deep than that: one that was looked up ahead, else from what is there now."""
+
+        def shallower(hits: Locations) -> Locations:
+            return tuple(hit for hit in hits if hit.row.depth < depth)
+
+        noted = shallower(self._noted_bases.get(base_id, ()))
+        if noted:
+            with suppress(CastoreError):
+                self._read_any(base_id, noted, out, verify=verify)
+                return
+        self._read_any(base_id, shallower(self.locate([base_id])[base_id]), out, verify=verify)
 
     def peek(self, location: Location, count_bytes: int) -> bytes:
         """The first stored bytes of a record, not verified: a hint. Raises DamageError, StorageError, NotFoundError."""

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from castore.backend import LocalBackend, MemoryBackend
 from castore.backend.base import Backend, RangeReader
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
+from castore.codec.registry import DERIVED
 from castore.errors import (
     ChecksumError,
     ChunkMissingError,
@@ -374,6 +376,49 @@ def test_a_base_that_moved_is_looked_up_again() -> None:
     out = bytearray(len(SECOND))
     store.read_into(HASHER.chunk_id(SECOND), locations, memoryview(out))
     assert out == SECOND
+
+
+def test_a_base_that_was_looked_up_ahead_and_has_moved_since_is_read_where_it_is_now() -> None:
+    """A process verifies, then collects: its own sweep moves the bases that were looked up before."""
+    backend = delta_packs()
+    store = open_store(backend)
+    (location,) = store.locate([HASHER.chunk_id(SECOND)])[HASHER.chunk_id(SECOND)]
+    store.note_bases([(location,)])
+    store.add({pack_id(9): write_pack(backend, [DELTA], number=9).rows})
+    store.forget([pack_id(3)])
+    collect(backend, 3)
+    assert store.read_base(location.row, where="here", verify=True) == DELTA
+
+
+def test_a_base_that_was_looked_up_ahead_and_has_rotted_is_read_elsewhere() -> None:
+    backend = delta_packs()
+    store = open_store(backend)
+    (location,) = store.locate([HASHER.chunk_id(SECOND)])[HASHER.chunk_id(SECOND)]
+    store.note_bases([(location,)])
+    store.add({pack_id(9): write_pack(backend, [DELTA], number=9).rows})
+    rewrite(backend, pack_name(pack_id(3)), flip(payload_at(backend, 3, HASHER.chunk_id(DELTA)) + 5))
+    assert store.read_base(location.row, where="here", verify=True) == DELTA
+
+
+def test_rows_of_records_with_two_bases_each_are_refused_before_they_are_read() -> None:
+    """Each level doubles what is read: sixteen of them, a few kilobytes, would keep a reader busy for an hour."""
+    backend, raw = MemoryBackend(), bytes(range(256)) * 4096
+    ids = [HASHER.chunk_id(raw), *(HASHER.chunk_id(bytes([level])) for level in range(16))]
+    writer = new_writer(backend, 1)
+    writer.append(ids[0], raw, kind=RecordKind.LEAF, raw_bytes=len(raw), chain=())
+    for depth, (below, chunk_id) in enumerate(pairwise(ids), 1):
+        writer.append(
+            chunk_id,
+            b"\1",
+            kind=RecordKind.LEAF,
+            raw_bytes=len(raw),
+            chain=(DERIVED,),
+            base_ids=(below, below),
+            depth=depth,
+        )
+    writer.seal()
+    with pytest.raises(DamageError, match="at a depth of at most 8"):
+        open_store(backend).get(ids[-1])
 
 
 def test_records_that_rest_on_each_other_end_in_an_error() -> None:

@@ -113,7 +113,10 @@ def undelete(handle: Handle, refs: Sequence[str | Snapshot] | None) -> UndeleteR
             return UndeleteReport(tuple(restored), ())
         for snapshot_id in sorted(forgotten_ids(backend) & set(list_snapshot_ids(backend))):
             try:
-                restored.append(_restore(handle, snapshot_id, now_ns))
+                record = _read(handle, snapshot_id)
+                if snapshot_id in forgotten_ids(backend):  # else somebody brought it back since we looked
+                    _remember(handle, snapshot_id, record, now_ns)
+                    restored.append((snapshot_id, "forgotten"))
             except DamageError as error:
                 lost.append((snapshot_id, str(error)))
     return UndeleteReport(tuple(restored), tuple(lost))
@@ -135,15 +138,19 @@ def _gone(snapshot_id: SnapshotId) -> SnapshotGoneError:
     return SnapshotGoneError(f"snapshot {snapshot_id[:12]} was forgotten, and gc has freed it: it cannot come back")
 
 
+def _read(handle: Handle, snapshot_id: SnapshotId) -> SnapshotRecord:
+    try:
+        return read_record(handle.backend, snapshot_id)
+    except UnknownRefError as error:
+        raise _gone(snapshot_id) from error
+
+
 def _restore(
     handle: Handle, snapshot_id: SnapshotId, now_ns: int
 ) -> tuple[SnapshotId, Literal["forgotten", "thinned"]]:
     """One step back: a forgotten snapshot is remembered, as thin as it was; else a thinned one is made whole."""
     backend = handle.backend
-    try:
-        record = read_record(backend, snapshot_id)
-    except UnknownRefError as error:
-        raise _gone(snapshot_id) from error
+    record = _read(handle, snapshot_id)
     if snapshot_id in forgotten_ids(backend):
         _remember(handle, snapshot_id, record, now_ns)
         return snapshot_id, "forgotten"

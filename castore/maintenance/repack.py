@@ -11,7 +11,7 @@ chunk is then written once more, by itself.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -21,15 +21,17 @@ from castore.closure import closure
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
 from castore.codec.registry import CONSTANT, DELTA, DERIVED
-from castore.errors import ChunkMissingError, DamageError, UsageError
-from castore.format.layout import SNAPSHOTS, parse_snapshot_name
+from castore.errors import ChunkMissingError, DamageError, NotFoundError, UsageError
 from castore.format.manifest import Entry
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
+from castore.losses import read_losses
 from castore.maintenance.parts import PartReader
+from castore.marks import read_thinning
 from castore.pack.writer import SealedPack
 from castore.repository import Handle
+from castore.roots import live_roots
 from castore.snapshots import read_record
 from castore.store import Locations
 
@@ -100,11 +102,11 @@ def repack(
         raise UsageError("nothing to do: ask for flatten, or for level max, or both")
     handle.config.check_features("write", where=handle.backend.location)
     with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock()):
-        condemned = condemned_packs(handle.backend)
         handle.store.refresh()
-        wanted = _chunks_of(handle, _all_snapshots(handle) if snapshots is None else snapshots)
-        resting = closure(wanted, handle.store, condemned)
-        lost = sorted(wanted.keys() - resting.keys())
+        wanted, doubtful = _chunks_of(handle, _live_snapshots(handle) if snapshots is None else snapshots)
+        # Condemned packs may be read as long as they stand; whether new records may rest on them is checked at the end.
+        resting = closure(wanted, handle.store, frozenset())
+        lost = sorted(wanted.keys() - resting.keys() - doubtful)
         if lost:
             raise ChunkMissingError(
                 f"{len(lost)} chunks of these snapshots, {lost[0].hex()} among them, cannot be read; nothing was "
@@ -123,6 +125,8 @@ def plan_repack(
     """What is worth trying, in the order of packs and offsets."""
     plan = []
     for chunk_id, elements in wanted.items():
+        if chunk_id not in resting:
+            continue  # a repair has marked it as lost
         row = resting[chunk_id][0].row
         rests = bool(row.base_ids)
         # A byte or two cannot become shorter, only stand by themselves.
@@ -180,14 +184,17 @@ class _Repack:
         return sealed
 
     def _encode(self, rewrite: Rewrite, *, flatten: bool) -> Coded | None:
-        """The new record; None when it would not be shorter. Called by encoding threads."""
+        """The new record; None when it would not be shorter or is needed no more. Called by encoding threads."""
         store, location = self._handle.store, rewrite.location[0]
         row = location.row
         raw = bytearray(rewrite.raw_bytes)
-        store.read_into(rewrite.chunk_id, store.find([rewrite.chunk_id])[0], memoryview(raw))
         base = None
-        if row.chain == (DELTA,) and not flatten:
-            base = store.read_base(row, where=f"pack {location.pack_id}, record at {row.offset}", verify=True)
+        try:
+            store.read_into(rewrite.chunk_id, store.find([rewrite.chunk_id])[0], memoryview(raw))
+            if row.chain == (DELTA,) and not flatten:
+                base = store.read_base(row, where=f"pack {location.pack_id}, record at {row.offset}", verify=True)
+        except (ChunkMissingError, NotFoundError):
+            return None  # it was there when we looked: forgotten or thinned, then collected, or copied to other packs
         encoded = encode_chunk(
             raw,
             rewrite.elements,
@@ -220,31 +227,40 @@ def _report(plan: Sequence[Rewrite], sealed: Iterable[SealedPack], *, dry_run: b
 # ---- chunks of snapshots -----------------------------------------------------------------------------------------
 
 
-def _all_snapshots(handle: Handle) -> list[SnapshotId]:
-    """Every snapshot file: orphans are kept for their grace period."""
-    names = (parse_snapshot_name(info.name) for info in handle.backend.list(SNAPSHOTS))
-    return [snapshot_id for snapshot_id in names if snapshot_id is not None]
+def _live_snapshots(handle: Handle) -> list[SnapshotId]:
+    """What is kept; one that cannot be read is among them, to be told."""
+    grace_ns = int(handle.config.options.orphan_grace_s * 1e9)
+    roots = live_roots(handle.backend, now_ns=handle.clock(), grace_ns=grace_ns)
+    return [*roots.live, *roots.damaged]
 
 
-def _chunks_of(handle: Handle, snapshots: Iterable[SnapshotId]) -> dict[ChunkId, Elements]:
-    """The chunks of leaves, with what their elements are. Raises DamageError for a manifest that cannot be read."""
-    parts = PartReader(handle)
+def _chunks_of(handle: Handle, snapshots: Iterable[SnapshotId]) -> tuple[dict[ChunkId, Elements], frozenset[ChunkId]]:
+    """The chunks of leaves that were not dropped, with what their elements are; and those of them that may be missing,
+    because a repair has marked every snapshot that needs them as lossy. Raises DamageError for a manifest that cannot
+    be read.
+    """
+    parts, losses = PartReader(handle), read_losses(handle.backend)[0]
     found: dict[ChunkId, Elements] = {}
-    walked: set[ChunkId] = set()
+    certain: set[ChunkId] = set()
+    walked: set[Hashable] = set()
     for snapshot_id in snapshots:
-        for part_id in read_record(handle.backend, snapshot_id).part_ids:
-            if part_id in walked:
+        record, thinning = read_record(handle.backend, snapshot_id), read_thinning(handle.backend, snapshot_id)
+        is_lossy = snapshot_id in losses
+        for key, part in parts.kept(record.part_ids, thinning):
+            if (key, is_lossy) in walked:
                 continue
-            walked.add(part_id)
-            part = parts.read(part_id)
-            if part.error or part.unresolved:
+            walked.add((key, is_lossy))
+            if (part.error or part.unresolved) and not is_lossy:
                 why = part.error or next(iter((part.unresolved or {}).values()))
                 raise DamageError(f"snapshot {snapshot_id[:12]}: {why}; run `castore verify`")
             for entry in part.entries:
+                chunk_ids = entry.chunk_ids(handle.hasher.digest_bytes) if entry.chunks else ()
                 elements = elements_of(entry)
-                for chunk_id in entry.chunk_ids(handle.hasher.digest_bytes):
+                for chunk_id in chunk_ids:
                     found.setdefault(chunk_id, elements)
-    return found
+                if not is_lossy:
+                    certain.update(chunk_ids)
+    return found, frozenset(found.keys() - certain)
 
 
 _TORCH_NAME = re.compile(r"(b?float|complex|u?int)(\d+)")

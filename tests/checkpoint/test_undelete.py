@@ -297,3 +297,23 @@ def test_the_file_that_goes_between_the_checks_is_noticed() -> None:
         open_on(hooked).undelete([ids[0]])
     assert forgotten_ids(inner) == {ids[0]}
     assert steps(open_on(inner)) == [2]
+
+
+def test_what_another_process_brings_back_first_is_neither_an_error_nor_made_whole(repository: Repository) -> None:
+    ids = line(repository, 3)
+    repository.thin(["model/**"], ids=[ids[0]])
+    repository.forget(ids=ids[:2])
+    backend = repository.handle.backend
+    done = False
+
+    def race(operation: str, name: str) -> None:
+        nonlocal done
+        if not done and (operation, name) == ("read", snapshot_name(min(ids[:2]))):
+            done = True
+            open_on(backend).undelete()
+
+    report = open_on(HookedBackend(backend, race)).undelete()
+    assert done
+    assert report.lost == ()
+    assert not forgotten_ids(backend)
+    assert thinned_ids(backend) == {ids[0]}

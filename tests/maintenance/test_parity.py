@@ -178,3 +178,24 @@ def test_a_crash_while_parity_is_made_leaves_whole_files_only(repo) -> None:
         assert parity_status(left.handle, data=True).ok
         call += 1
     assert call > 5
+
+
+def test_a_collection_keeps_the_parity_of_a_pack_that_the_disk_lost() -> None:
+    """Only the parity can bring it back; that of a pack whose chunks nobody misses goes."""
+    repo = create_on(MemoryBackend())
+    noise = np.random.default_rng(1).integers(0, 256, 200_000, np.uint8)
+    first = repo.save({"noise": noise})
+    (lost,) = packs_of(repo)
+    second = repo.save({"noise": noise, "more": np.arange(1000.0)})
+    repo.forget(ids=[first])
+    add_parity(repo.handle, overhead_percent=100)
+    repo.handle.backend.delete(pack_name(lost))
+
+    repo = open_on(repo.handle.backend)
+    report = repo.gc()
+    assert any("castore repair" in note for note in report.notes)
+    assert lost in parity_sizes(repo.handle.backend)
+    assert not repo.repair().losses
+    assert np.array_equal(open_on(repo.handle.backend).load(second)["noise"], noise)
+    repo.gc()
+    assert lost not in parity_sizes(repo.handle.backend)

@@ -30,7 +30,7 @@ from functools import partial
 from typing import Any
 
 from castore.errors import UsageError
-from castore.format.layout import drain_name, orphan_name, snapshot_name, thin_name
+from castore.format.layout import drain_name, lost_name, orphan_name, snapshot_name, thin_name
 from castore.ids import PackId, SnapshotId
 from castore.leases import Condemned, LeaseInfo, condemn, read_condemned
 from castore.maintenance.gc.claim import collector_claim, with_reserve
@@ -213,7 +213,8 @@ class _Collection:
             if info is not None and self._backend.delete(info.name):
                 self._freed_bytes += info.size_bytes
                 self._removed[snapshot_id] = survey.dead[snapshot_id]
-                remove_marks(self._backend, (thin_name(snapshot_id), orphan_name(snapshot_id)))
+                marks = thin_name(snapshot_id), orphan_name(snapshot_id), lost_name(snapshot_id)
+                remove_marks(self._backend, marks)
 
     def _sweep_packs(self, survey: Survey, drained: Collection[Condemned], going: frozenset[PackId]) -> Swept:
         packs = frozenset[PackId]().union(*(found.packs for found in drained))
@@ -245,7 +246,11 @@ class _Collection:
         temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
-        parity_bytes = remove_stale_parity(backend)
+        parity_bytes = 0
+        if survey.ledger.absent_count or survey.ledger.broken_count:
+            notes.append("chunks that are needed are in no pack: parity is kept; run `castore repair`")
+        else:
+            parity_bytes = remove_stale_parity(backend)
         self._freed_bytes += parity_bytes
         marks = remove_stale_marks(backend, survey.roots)
         if young is not None:

@@ -301,12 +301,12 @@ class Ledger:
 
     def bytes_by_owner(self, count: int) -> npt.NDArray[np.int64]:
         """By owner: bytes of kept records that would not be needed without it and all owners after it."""
-        chunk, base, depth = self._chunk.values, self._base.values, self._depth.values
+        chunk, depth = self._chunk.values, self._depth.values
         kept = np.flatnonzero(self._kept.values)
         owner = np.where(self._owner.values < 0, np.int32(count), self._owner.values)
         for level in range(int(depth[kept].max(initial=0)), 0, -1):
-            rows = kept[(depth[kept] == level) & (base[kept] >= 0)]
-            np.minimum.at(owner, base[rows], owner[chunk[rows]])
+            rows, bases = self._rests_on(kept[depth[kept] == level])
+            np.minimum.at(owner, bases, owner[chunk[rows]])
         weights = self.record_bytes(kept).astype(np.float64)
         return np.bincount(owner[chunk[kept]], weights=weights, minlength=count)[:count].astype(np.int64)
 
@@ -326,23 +326,32 @@ class Ledger:
         if not len(pinning):
             return  # what is pinned rests on bases that no pack holds
         order = pinning[np.lexsort((depth[kept[pinning]], root[pinning]))]
+        if not len(order):
+            return  # what pins has itself lost a base
         starts = np.flatnonzero(np.diff(root[order], prepend=_NONE))
+        second_rows = self._second_rows.values
+        tied = frozenset(self._second_base.values[self._kept.values[second_rows]].tolist())
         for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
             members = order[start:stop]
-            tree = self._tree(int(root[members[0]]), kept[members].tolist(), direct[members].tolist())
+            tree = self._tree(int(root[members[0]]), kept[members].tolist(), direct[members].tolist(), tied)
             if tree is not None:
                 yield tree
 
-    def _tree(self, root: int, rows: list[int], direct: list[bool]) -> Tree | None:
-        """How to store one tree anew, least deep records first."""
+    def _tree(self, root: int, rows: list[int], direct: list[bool], tied: frozenset[int]) -> Tree | None:
+        """How to store one tree anew, least deep records first. `tied` are chunks that are the second base of a kept
+        record, which is a member of the tree of its first.
+        """
         needed = [row for row, is_direct in zip(rows, direct, strict=True) if is_direct]
         pinned = [row for row, is_direct in zip(rows, direct, strict=True) if not is_direct]
-        if not needed or root not in rows or any(len(self.bases_of(row)) > 1 for row in rows):
-            return None  # the records are not those that are relied on, or rest on two: an odd tree is left alone
+        chunks_pinned = {self.chunk_of(row) for row in pinned}
+        if not needed or root not in rows or chunks_pinned & tied:
+            return None  # the records are not those that are relied on, or another tree rests on what is pinned
+        # What rests on needed chunks alone stays: those do not become deeper.
+        rewritten = [row for row in needed if chunks_pinned.intersection(self.bases_of(row))]
+        if any(len(self.bases_of(row)) > 1 for row in rewritten):
+            return None  # a rounded copy costs a byte where its masters are
         is_root_needed = root in needed
         reference = root if is_root_needed else needed[0]
-        chunks_pinned = {self.chunk_of(row) for row in pinned}
-        rewritten = [row for row in needed if not is_root_needed or chunks_pinned.intersection(self.bases_of(row))]
         replaced_bytes = sum(self.stored_of(row) for row in (*pinned, *rewritten))
         written_bytes = sum(self.stored_of(row) for row in rewritten)
         if not is_root_needed:

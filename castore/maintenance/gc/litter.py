@@ -56,7 +56,9 @@ def remove_stale_drains(backend: Backend) -> None:
 
 
 def remove_stale_parity(backend: Backend) -> int:
-    """Remove parity of packs that have gone; returns its bytes."""
+    """Remove parity of packs that have gone; returns its bytes. Not to be called while chunks are missing: the parity
+    of a pack that the disk lost may bring it back.
+    """
     stale = stale_parity(backend)
     return sum(size for pack_id, size in stale.items() if backend.delete(parity_name(pack_id)))
 

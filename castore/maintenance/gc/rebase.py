@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from castore.codec.base import Elements
 from castore.codec.chooser import Encoded, encode_chunk
 from castore.codec.registry import DELTA, DERIVED
-from castore.errors import DamageError, NoSpaceError
+from castore.errors import DamageError, NoSpaceError, StorageError
 from castore.format.pack import Row
 from castore.ids import Buffer
 from castore.maintenance.chunks import ChunkReader
@@ -96,8 +96,8 @@ def _rebase_tree(handle: Handle, ledger: Ledger, tree: Tree, chunks: ChunkReader
             elements = _elements_of(location.row, handle.store.peek(location, 1))
             encoded = encode_chunk(raw, elements, compression, chunk_id=chunk_id, hasher=hasher, base=other)
             fresh.append((location.row, encoded))
-    except (DamageError, IndexError):
-        return
+    except (DamageError, StorageError, IndexError):
+        return  # also when a sector cannot be read: the rest is collected all the same
     if sum(len(encoded.payload) for _, encoded in fresh) >= tree.replaced_bytes:
         return
     for old, encoded in fresh:

@@ -10,9 +10,10 @@ import pytest
 
 from castore.backend import MemoryBackend
 from castore.errors import DamageError, UnsupportedFormatError, UsageError
-from castore.format.layout import branch_name, pack_name, snapshot_name
+from castore.format.layout import LOST, branch_name, pack_name, snapshot_name
 from castore.ids import SnapshotId
 from castore.leases import writer_lease
+from castore.losses import make_loss, write_loss
 from castore.marks import Forgotten, Thinning, forget_snapshot, note_orphan, thin_snapshot, unthin_snapshot
 from castore.options import RepositoryOptions
 from castore.store import pack_sizes
@@ -49,6 +50,15 @@ def test_what_was_forgotten_goes_and_the_space_with_it() -> None:
     assert gc_files(repo) == []
     check_whole(repo, {ids[2]: fresh(2), ids[3]: fresh(3)})
     assert [snapshot.id for snapshot in repo.log("main")] == [ids[3], ids[2]]
+
+
+def test_what_a_repair_said_of_a_snapshot_goes_with_it() -> None:
+    repo, ids = line(2)
+    backend = repo.handle.backend
+    write_loss(backend, make_loss(ids[0], ["noise"], (), time_ns=1))
+    forget(repo, ids[0])
+    gc(repo)
+    assert not list(backend.list(LOST))
 
 
 def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does() -> None:

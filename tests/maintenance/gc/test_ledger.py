@@ -18,9 +18,10 @@ def pack(number: int) -> PackId:
     return PackId(f"{number:032x}")
 
 
-def row(name: str, base: str = "", depth: int = 0, stored_bytes: int = 100) -> Row:
-    base_ids = (chunk(base),) if base else ()
-    return Row(chunk(name), 64, stored_bytes, 1000, 0, (16,) if base else (), RecordKind.LEAF, depth, base_ids)
+def row(name: str, bases: str = "", depth: int = 0, stored_bytes: int = 100) -> Row:
+    """`bases`: one letter each."""
+    base_ids = tuple(map(chunk, bases))
+    return Row(chunk(name), 64, stored_bytes, 1000, 0, (16,) if bases else (), RecordKind.LEAF, depth, base_ids)
 
 
 def ledger_of(*packs: list[Row], created_ns: list[int] | None = None) -> Ledger:
@@ -129,3 +130,35 @@ def test_parts_are_walked_once() -> None:
     numbers = ledger.chunks(as_words(chunk("p") + chunk("q"), 16))
     assert ledger.walk(numbers).tolist() == [True, True]
     assert ledger.walk(numbers).tolist() == [False, False]
+
+
+def test_what_a_rounded_copy_rests_on_second_is_no_tree_of_its_own() -> None:
+    """Storing `d` anew would free nothing: `b` is kept for the copy of another tree."""
+    ledger = ledger_of([row("a"), row("b"), row("c", "ab", 1), row("d", "b", 1)])
+    mark(ledger, "a", "c", "d")
+    ledger.settle(())
+    assert kept(ledger) == [0, 1, 2, 3]
+    assert list(ledger.pinned_trees()) == []
+
+
+def test_a_rounded_copy_whose_masters_are_needed_stays_as_it_is_when_their_tree_is_stored_anew() -> None:
+    ledger = ledger_of([row("a"), row("b", "a", 1), row("e"), row("c", "be", 2)])
+    mark(ledger, "b", "e", "c")
+    ledger.settle(())
+    (tree,) = ledger.pinned_trees()
+    assert (tree.reference, tree.rewritten) == (1, (1,))
+
+
+def test_bytes_that_go_with_a_snapshot_count_both_bases() -> None:
+    ledger = ledger_of([row("a"), row("b"), row("c", "ab", 1)])
+    mark(ledger, "c")
+    ledger.settle(())
+    assert ledger.bytes_by_owner(1).tolist() == [int(ledger.by_pack().sum())]
+
+
+def test_differences_whose_lowest_base_is_lost_make_no_tree() -> None:
+    ledger = ledger_of([row("b", "a", 1), row("c", "b", 2)])
+    mark(ledger, "c")
+    ledger.settle(())
+    assert ledger.broken_count == 1
+    assert list(ledger.pinned_trees()) == []

@@ -116,3 +116,31 @@ def test_the_best_trees_come_first_while_what_they_write_fits() -> None:
 
 def test_nothing_is_planned_without_space() -> None:
     assert plan_rebase([tree(1, replaced=300, written=100)], written_bytes_max=0).trees == ()
+
+
+def mixed(step: int) -> State:
+    """Weights of three chunks and their rounded copy of two, the first of which rests on two masters."""
+    start = np.random.default_rng(1).standard_normal(600_000)
+    noise = np.random.default_rng(step).standard_normal(600_000) * 1e-5
+    weights = ((start + noise) * (1 + 1e-4 * step)).astype(np.float32)
+    return {"weights": weights, "half": weights.astype(np.float16), "step": step}
+
+
+def test_masters_that_were_dropped_and_their_copies_kept_do_not_make_a_collection_write_for_nothing() -> None:
+    repo, ids = line(4, mixed)
+    before = sum(pack_sizes(repo.handle.backend).values())
+    repo.thin(["weights"], older_than=1)
+    gc(repo)
+    report = gc(repo)
+    assert report.total_bytes <= before
+    for step, snapshot_id in enumerate(ids):
+        assert np.array_equal(repo.load(snapshot_id, paths=["half"])["half"], mixed(step)["half"])
+
+
+def test_rounded_copies_do_not_keep_the_bases_of_their_masters() -> None:
+    repo, ids = line(5, mixed)
+    forget(repo, *ids[:4])
+    report = gc(repo)
+    assert report.rebased_bytes > 0
+    assert report.pinned_bytes == 0
+    check_whole(repo, {ids[4]: mixed(4)})
