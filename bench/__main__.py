@@ -12,6 +12,7 @@ from typing import Any
 
 from bench import peers, report, workloads
 from bench.run import Settings, make_states, run
+from bench.sections import replace_table
 from bench.targets import OWN
 from bench.train.cache import default_directory
 
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     text = report.markdown(results)
     sys.stdout.write(text)
     if options.write_results:
-        (HOME / "RESULTS.md").write_text(text)
+        replace_table(text)
     return 0 if _sound(results) else 1
 
 

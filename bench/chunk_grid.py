@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.sections import write_section
 from bench.train import cache
 
 SIZES_KIB = (256, 512, 1024, 2048, 4096)
-RESULTS = Path(__file__).with_name("RESULTS.md")
-BEGIN, END = "<!-- chunk grid -->", "<!-- end of chunk grid -->"
 WORKLOADS = ("full_finetune", "bf16_copy", "frozen_body", "lora", "gpt_scratch", "sparse_embeddings")
 
 
@@ -68,14 +67,6 @@ def table(rows: list[tuple[str, int, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def write_section(begin: str, end: str, body: str) -> None:
-    """Put a section between its marks in RESULTS.md, at the end when it is new."""
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
-    before, found, rest = text.partition(begin)
-    after = rest.partition(end)[2] if found else ""
-    RESULTS.write_text(f"{before.rstrip()}\n\n{begin}\n\n{body}\n\n{end}\n{after}", encoding="utf-8")
-
-
 def main() -> None:
     """Spawn a process for each size and run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,8 +96,8 @@ def main() -> None:
             rows.append((name, size, json.loads(answer.splitlines()[-1])))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     if arguments.write_results:
-        body = "## Chunk grid\n\nMean of the later saves; processor time of the whole process.\n\n" + table(rows)
-        write_section(BEGIN, END, body)
+        body = f"Mean of the later saves; processor time of the whole process.\n\n{table(rows)}"
+        write_section("chunk grid", "Chunk grid", body)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.chunk_grid import write_section
+from bench.sections import write_section
 from bench.train import cache
 
 NEVER = 2**32
 """Larger than what chunk ids are compared by: no reference moves."""
 LOADS = 5
-BEGIN, END = "<!-- depth -->", "<!-- end of depth -->"
 
 
 def measure(depth: int, moves_every: int, directory: Path) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def main() -> None:
     found = table(rows)
     print(found)
     if arguments.write_results:
-        write_section(BEGIN, END, f"{found}\n")
+        write_section("depth", "Depth of differences", f"A hundred saves one step apart (`every_step`).\n\n{found}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ from castore.marks import Forgotten, forget_snapshot
 from castore.pack.writer import PackWriter
 from castore.snapshots import read_record
 
-BEGIN, END = "<!-- gc scale -->", "<!-- end of gc scale -->"
 HASHER = hasher_for("xxh3-128")
 NEW_SHARE = 0.01
 PAYLOAD = bytes(8)
@@ -252,9 +251,9 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if arguments.write_results:
-        from bench.chunk_grid import write_section  # brings torch, whose memory is none of ours
+        from bench.sections import write_section
 
-        write_section(BEGIN, END, f"## Garbage collection\n\nTarget, clustered in full: 60 s, 1 GiB.\n\n{table}")
+        write_section("gc scale", "Garbage collection", f"Target, clustered in full: 60 s, 1 GiB.\n\n{table}")
 
 
 if __name__ == "__main__":

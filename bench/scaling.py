@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import castore
-from bench.chunk_grid import write_section
+from bench.sections import write_section
 from castore.options import MIB
 from castore.snapshots import read_record, write_record
 
@@ -33,7 +33,6 @@ FACTORS = (1, 4, 16)
 UNIT_BYTES = 16 * MIB
 HISTORIES = (10, 1_000, 10_000)
 REPEATS = 5
-BEGIN, END = "<!-- scaling -->", "<!-- end of scaling -->"
 FIGURE = Path(__file__).with_name("scaling.svg")
 
 
@@ -166,7 +165,7 @@ def main() -> None:
     if arguments.write_results:
         draw(by_state, by_history)
         picture = "![Cost against the size of the state and the length of the history](scaling.svg)"
-        write_section(BEGIN, END, "\n\n".join((table(by_state), table(by_history), picture)))
+        write_section("scaling", "Cost as work grows", "\n\n".join((table(by_state), table(by_history), picture)))
 
 
 if __name__ == "__main__":

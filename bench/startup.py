@@ -17,10 +17,9 @@ import time
 
 import numpy as np
 
-from bench.chunk_grid import write_section
+from bench.sections import write_section
 
 COMMANDS = (("--version",), ("--help",), ("log",), ("show", "main"), ("diff", "main", "--no-values"), ("verify",))
-BEGIN, END = "<!-- start-up -->", "<!-- end of start-up -->"
 
 
 def measure(repeat: int) -> list[tuple[str, float, float]]:
@@ -59,7 +58,7 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if arguments.write_results:
-        write_section(BEGIN, END, f"## Start-up of the command line\n\nTarget: 150 ms.\n\n{table}")
+        write_section("start-up", "Start-up of the command line", f"Target: 150 ms.\n\n{table}")
 
 
 if __name__ == "__main__":

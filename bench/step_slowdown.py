@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 import castore
-from bench.chunk_grid import write_section
+from bench.sections import write_section
 from bench.train import loop, minilm
 
-BEGIN, END = "<!-- step slow-down -->", "<!-- end of step slow-down -->"
 Save = Callable[[int, loop.State], Any]
 
 
@@ -101,7 +100,7 @@ def main() -> None:
     table = report(found)
     print(table)
     if arguments.write_results:
-        write_section(BEGIN, END, table)
+        write_section("step slow-down", "What a save costs the training beside it", table)
 
 
 def report(found: dict[str, Measured]) -> str:
