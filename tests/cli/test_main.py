@@ -279,7 +279,9 @@ def test_a_reader_that_goes_away_is_no_error_message(store: Path, arguments: lis
 
 def test_interrupting_a_process_exits_with_130(store: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom castore.api import Repository\nfrom castore.cli.main import main\n"
+        # A shell that starts the tests in the background has them ignore the signal.
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from castore.api import Repository\nfrom castore.cli.main import main\n"
         "def usage(*_, **__):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "Repository.usage = usage\nmain()"
     )

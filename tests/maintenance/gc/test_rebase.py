@@ -13,6 +13,12 @@ from tests.checkpoint.states import State
 from tests.maintenance.gc.histories import check_whole, forget, gc, line
 
 
+@pytest.fixture(autouse=True)
+def references_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that each test knows what rests on what."""
+    monkeypatch.setattr("castore.checkpoint.bases.REFERENCE_MOVES_EVERY", 2**32)
+
+
 def dense(step: int) -> State:
     """One chunk of weights that every step changes a little."""
     start = np.random.default_rng(1).standard_normal(40_000)
