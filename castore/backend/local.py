@@ -27,7 +27,7 @@ from castore.backend.base import (
     too_large,
     truncated,
 )
-from castore.backend.tree import Tree
+from castore.backend.tree import Tree, still_there
 from castore.errors import LeaseError, StorageError
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class LocalBackend:
             if not _holds(path, expected):
                 return False
             if new is not None:
-                with self._tree.temporary(directory, new) as temporary:
+                with self._tree.temporary(directory, new) as temporary, still_there(temporary, path):
                     os.rename(temporary, path)
                 self._tree.settle(directory)
             elif expected is not None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from castore.backend import syscalls
 from castore.backend.base import TEMPORARY_PREFIX
-from castore.errors import NotFoundError, StorageError
+from castore.errors import LeaseError, NotFoundError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,9 +76,13 @@ class Tree:
         return self._creating(lambda: syscalls.LockedFile(path, syscalls.CREATE_FLAGS), directory), path
 
     def place(self, temporary: str, path: str) -> bool:
-        """Give the temporary file its name, atomically; False when that is taken: it stays temporary."""
+        """Give the temporary file its name, atomically; False when that is taken: it stays temporary.
+
+        Raises LeaseError when somebody has removed it: a collector takes what a writer left that seems to be dead.
+        """
         try:
-            return syscalls.move_if_absent(temporary, path)
+            with still_there(temporary, path):
+                return syscalls.move_if_absent(temporary, path)
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
@@ -174,3 +178,17 @@ class Tree:
                 os.mkdir(path)
         self._settled.discard(path)
         syscalls.sync_directory(os.path.dirname(path))
+
+
+@contextmanager
+def still_there(temporary: str, path: str) -> Iterator[None]:
+    """For giving a temporary file its name. Raises LeaseError when somebody has removed it meanwhile."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if os.path.lexists(temporary):
+            raise
+        raise LeaseError(
+            f"{path}: what was being written is gone; this process must have stood still for longer than its lease, so "
+            "that a collector took it for dead; nothing of it was committed: do it again"
+        ) from error

@@ -36,10 +36,8 @@ def report_losses(
         affected = {} if chunk_id in survey.depths else touched.by(chunk_id)
         if affected:
             findings.problem("record", fault.name, fault.message, affected, chunks=[chunk_id], offset=fault.row.offset)
-        elif fault.base_ids:
-            # Garbage, or left over where a chunk was saved again: gc keeps the bases of what is needed. A base may be
-            # there all the same, too deep for this record: its own was collected, and rebased or pushed it came again.
-            baseless += 1
+        elif _lacks_base(fault, survey):
+            baseless += 1  # garbage, or left over where a chunk was saved again: gc keeps the bases of what is needed
         else:
             why = "another copy of it is whole" if chunk_id in survey.depths else "no snapshot needs it"
             message = f"{fault.message}; nothing is lost: {why}"
@@ -56,6 +54,12 @@ def report_losses(
             affected = touched.by(fault.row.chunk_id)
             if affected:
                 findings.loss("record", fault.name, fault.message, affected, chunks=[fault.row.chunk_id])
+
+
+def _lacks_base(fault: Fault, survey: Survey) -> bool:
+    """Whether a base is gone, or there only too deep: its own was collected, and rebased or pushed it came again."""
+    depth = fault.row.depth
+    return any(survey.depths.get(base_id, depth) >= depth for base_id in fault.base_ids)
 
 
 class _Touched:
