@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -571,13 +571,9 @@ class Repository:
         from castore.maintenance.repair.execute import repair
 
         self._settle()
-        return repair(
-            self._handle,
-            [self._chunk_source(source) for source in sources],
-            dry_run=dry_run,
-            fix_refs=fix_refs,
-            progress=progress,
-        )
+        with ExitStack() as opened:
+            chosen = [self._chunk_source(source, opened) for source in sources]
+            return repair(self._handle, chosen, dry_run=dry_run, fix_refs=fix_refs, progress=progress)
 
     def usage(self, *, depth: int = 1, progress: Progress | None = None) -> Usage:
         """Where the bytes are: by snapshot, by group of leaves (`depth` levels of their paths), by codec."""
@@ -648,17 +644,14 @@ class Repository:
         # Here too: a policy is applied, or snapshots are forgotten, before anything is collected.
         self._handle.config.check_features("write", "gc", where=self._handle.backend.location)
         self._settle()
-        request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s)
+        request = GcRequest(dry_run, repack_below, repack_bytes_max, wait_s, target_bytes)
         if auto and not dry_run:
             apply_policy(self._handle)
-        if auto and not collection_is_due(self._handle):
+        if auto and not collection_is_due(self._handle, target_bytes=target_bytes):
             return None
-        shown = progress or (lambda *_: None)
-        if target_bytes is None:
-            report = collect(self._handle, request, progress=shown)
-        else:
-            report = collect_to_target(self._handle, request, target_bytes=target_bytes, progress=shown)
-        if auto and not dry_run:
+        run = collect if target_bytes is None else collect_to_target
+        report = run(self._handle, request, progress=progress or (lambda *_: None))
+        if auto and not dry_run and not report.is_cut_short:
             note_collected(self._handle)
         return report
 
@@ -811,15 +804,15 @@ class Repository:
             self._saver.wait()
             self._saver.raise_failure()
 
-    def _chunk_source(self, source: Any) -> ChunkSource:
-        """A source for `repair`: a repository, or a state that is hashed as a save would."""
+    def _chunk_source(self, source: Any, opened: ExitStack) -> ChunkSource:
+        """A source for `repair`: a repository, which `opened` closes when it was given by its path, or a state that is
+        hashed as a save would.
+        """
         from castore.maintenance.repair.sources import MappedSource, RepositorySource
 
         hasher = self._handle.hasher
-        if isinstance(source, str | os.PathLike):
-            return RepositorySource(open_repository(Path(source)), hasher)
-        if isinstance(source, Repository):
-            return RepositorySource(source.handle, hasher)
+        if isinstance(source, str | os.PathLike | Repository):
+            return RepositorySource(opened.enter_context(_as_repository(source)).handle, hasher)
         from castore.checkpoint.plan import hash_state, plan_manifest
         from castore.tensors import flatten
 

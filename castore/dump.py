@@ -30,7 +30,16 @@ from castore.backend.syscalls import open_to_read
 from castore.codec.registry import chain_name
 from castore.errors import CastoreError, DamageError, FormatError, UnsupportedFormatError, UsageError
 from castore.format.config import decode_config
-from castore.format.layout import RESERVE, decode_ref_name
+from castore.format.layout import (
+    COLLECTOR_SUFFIX,
+    CONDEMNED_SUFFIX,
+    DRAIN_SUFFIX,
+    POLICY,
+    POLICY_APPLIED,
+    POLICY_COLLECTED,
+    RESERVE,
+    decode_ref_name,
+)
 from castore.format.pack import (
     HEADER_BYTES,
     PACK_MAGIC,
@@ -53,6 +62,8 @@ _LMDB_MAGIC = struct.pack("=I", 0xBEEFC0DE)
 _LMDB_MAGIC_AT = 16
 _GUARD_MAGIC = b"CASTGARD"
 _TEXT_FOLDERS = ("branches", "tags", "forgotten", "thin", "orphans", "lost", "damaged")
+_TEXT_NAMES = ("config", "why", POLICY, POLICY_APPLIED, POLICY_COLLECTED)
+_TEXT_SUFFIXES = (".lease", CONDEMNED_SUFFIX, DRAIN_SUFFIX, COLLECTOR_SUFFIX)
 _SCRUB_MAGIC = b"CASTSCRB"
 _HEAD_SHOWN_BYTES = 64
 _SNAPSHOT_BODY_AT = 24
@@ -120,7 +131,7 @@ def _kind(head: bytes, where: str) -> Describe:
         return _snapshot
     if name.startswith("index."):
         return _index
-    if name in ("config", "why") or name.endswith((".lease", ".condemned")) or Path(where).parent.name in _TEXT_FOLDERS:
+    if name in _TEXT_NAMES or name.endswith(_TEXT_SUFFIXES) or Path(where).parent.name in _TEXT_FOLDERS:
         return _text
     return _unknown
 
@@ -289,7 +300,7 @@ def _row_fields(row: Row) -> dict[str, Any]:
         "in_run": row.in_run,
     }
     if row.base_ids:
-        fields |= {"bases": " ".join(base_id.hex() for base_id in row.base_ids), "depth": row.depth}
+        fields |= {"bases": [base_id.hex() for base_id in row.base_ids], "depth": row.depth}
     return fields
 
 
@@ -390,6 +401,9 @@ def _text_kind(fields: Mapping[str, Any], where: str) -> str:
         ("thinned", {"thinned_ns", "dropped"}),
         ("orphan", {"since_ns"}),
         ("policy", {"keep", "thin", "every_saves"}),
+        ("policy note", {"applied_ns"}),
+        ("policy note", {"collected_ns"}),
+        ("drain", {"leases"}),
         ("loss", {"snapshot", "leaves", "parts"}),
         ("damage mark", {"pack", "offsets"}),
         ("quarantine", {"files", "time_ns"}),

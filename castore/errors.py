@@ -49,7 +49,7 @@ attributes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class CastoreError(Exception):
@@ -320,3 +320,10 @@ class SlowSaveWarning(CastoreWarning):
 
 class PolicyWarning(CastoreWarning):
     """The stored policy could not be applied after a save; the save itself is durable."""
+
+
+def some(items: Iterable[object], *, count: int = 3) -> str:
+    """The first few of many, for a message."""
+    shown = [str(item) for item in items]
+    more = f" and {len(shown) - count} more" if len(shown) > count else ""
+    return ", ".join(shown[:count]) + more

@@ -53,6 +53,11 @@ class LeaseInfo:
     """The whole file: while it changes, a holder on another host is alive."""
 
     @property
+    def may_be_alive(self) -> bool:
+        """Whether it is held, or of another host, where only waiting can tell."""
+        return self.held or not self.is_local
+
+    @property
     def is_local(self) -> bool:
         """Whether the holder runs, or ran, under this very kernel, so that `held` is the truth."""
         return self.held or (self.boot == boot_id() and bool(self.boot))

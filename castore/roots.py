@@ -65,7 +65,9 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
     for head, what in heads.items():
         walk.reach(head, what)
     notes = orphan_notes(backend)
-    expired_before_ns = min([now_ns - grace_ns, *(lease.started_ns for lease in list_leases(backend) if lease.held)])
+    expired_before_ns = min(
+        [now_ns - grace_ns, *(lease.started_ns for lease in list_leases(backend) if lease.may_be_alive)]
+    )
     present = _present(backend)
     orphaned = walk.read_all(present - walk.live.keys() - marks.keys())
     orphans: dict[SnapshotId, int] = {}

@@ -16,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from castore.backend.base import Backend, RangeReader
 from castore.codec.registry import DERIVED, base_lengths, chain_name, decode_chain
@@ -342,7 +343,7 @@ class ChunkStore:
         if len(lengths) != len(row.base_ids):
             name = chain_name(row.chain)
             raise FormatError(
-                f"{where}: {name} of {row.raw_bytes} bytes needs {len(lengths)} bases, found {row.base_ids}"
+                f"{where}: {name} of {row.raw_bytes} bytes needs {len(lengths)} bases, found {len(row.base_ids)}"
             )
         if len(lengths) > 1 and row.depth > TWO_BASES_DEPTH_MAX:
             raise FormatError(
@@ -395,25 +396,46 @@ class ChunkStore:
 
         The two are one object for a record without a codec. Raises DamageError, StorageError or NotFoundError.
         """
-        row = location.row
-        where = f"pack {location.pack_id}, record of chunk {row.chunk_id.hex()} at {row.offset}"
-        check_row(row, where=where)
-        stored = raw = bytearray(row.stored_bytes)
-        self._readers.open(location.pack_id).read_into(row.offset, memoryview(stored))
-        check_stored(row, memoryview(stored), where=where)
-        if row.chain:
-            base = self.read_base(row, where=where) if row.base_ids else None
-            raw = bytearray(row.raw_bytes)
-            decode_chain(row.chain, memoryview(stored), memoryview(raw), base=base)
-        found = self.hasher.digest(raw)
-        if found != row.chunk_id:
-            raise ChecksumError(f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}")
-        return stored, raw
+        reader = self._readers.open(location.pack_id)
+        where = f"pack {location.pack_id}"
+        return read_proven(reader, location.row, self.hasher, where=where, read_base=self.read_base)
 
     def close(self) -> None:
         """Close files and the index."""
         self._readers.close()
         self._index.close()
+
+
+class ReadBase(Protocol):
+    """Gives the raw bytes of a record's bases, one after the other."""
+
+    def __call__(self, row: Row, *, where: str) -> memoryview: ...
+
+
+def read_proven(
+    reader: RangeReader, row: Row, hasher: Hasher, *, where: str, read_base: ReadBase
+) -> tuple[bytearray, bytearray]:
+    """The stored and the raw bytes of one record of a pack, in fresh memory: checksum, decoding and chunk id verified.
+
+    The two are one object for a record without a codec. `where` names the pack. Raises DamageError, StorageError,
+    NotFoundError or UnsupportedFormatError.
+    """
+    where = f"{where}, record of chunk {row.chunk_id.hex()} at {row.offset}"
+    check_row(row, where=where)
+    stored = raw = bytearray(row.stored_bytes)
+    reader.read_into(row.offset, memoryview(stored))
+    check_stored(row, memoryview(stored), where=where)
+    if row.chain:
+        base = read_base(row, where=where) if row.base_ids else None
+        raw = bytearray(row.raw_bytes)
+        try:
+            decode_chain(row.chain, memoryview(stored), memoryview(raw), base=base)
+        except DamageError as error:
+            raise type(error)(f"{where}: {error}") from error
+    found = hasher.digest(raw)
+    if found != row.chunk_id:
+        raise ChecksumError(f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}")
+    return stored, raw
 
 
 def check_stored(row: Row, stored: memoryview, *, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 from hypothesis import given
@@ -52,10 +53,11 @@ def test_another_place_of_a_base_will_do() -> None:
 
 
 def test_a_tree_of_bases_that_a_stranger_made_is_walked_once() -> None:
-    """Two bases at each of 16 levels are 65 536 paths to one chunk."""
-    levels = [location("0")]
-    levels += [resting_on(str(depth), f"{depth - 1}" * 2, depth=depth) for depth in range(1, 10)]
-    (rests_on,) = closure([named("9")], Store(levels), NONE).values()  # type: ignore[arg-type]
+    """Two bases at each of 40 levels are 2 ** 39 paths to one chunk."""
+    names = string.ascii_letters[:40]
+    levels = [location(names[0])]
+    levels += [resting_on(names[depth], names[depth - 1] * 2, depth=depth) for depth in range(1, 40)]
+    (rests_on,) = closure([named(names[-1])], Store(levels), NONE).values()  # type: ignore[arg-type]
     assert len(rests_on) == len(levels)
 
 

@@ -107,10 +107,10 @@ class Tree:
                 raise
             if not self.place(source, target):  # one rename
                 return False
+            self.settle(directory)
         else:
             self.settle(directory)
             os.unlink(source)
-        self.settle(directory)
         syscalls.sync_directory(os.path.dirname(source))
         return True
 

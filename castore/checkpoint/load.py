@@ -28,6 +28,7 @@ from castore.errors import (
     StateMismatchError,
     UnknownRefError,
     UsageError,
+    some,
 )
 from castore.format.manifest import Entry, Kind, chunk_bytes
 from castore.ids import ChunkId, SnapshotId
@@ -203,12 +204,7 @@ def _matched(entries: Sequence[Entry], into: Any, request: LoadRequest, *, where
 
 
 def _listed(what: str, paths: Sequence[str]) -> list[str]:
-    return [f"{len(paths)} {what}: {_shortened(paths)}"] if paths else []
-
-
-def _shortened(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _SHOWN_PATHS_MAX} more" if len(paths) > _SHOWN_PATHS_MAX else ""
-    return ", ".join(paths[:_SHOWN_PATHS_MAX]) + more
+    return [f"{len(paths)} {what}: {some(paths, count=_SHOWN_PATHS_MAX)}"] if paths else []
 
 
 class _Fetch:
@@ -360,8 +356,9 @@ class _Fetch:
         if missing:
             count = sum(not hits for hits in locations.values())
             error = ChunkMissingError(
-                f"snapshot {self._snapshot_id[:12]}: {count} chunks are in no pack; leaves: {_shortened(missing)}; "
-                "run `castore verify`, or load the other leaves with paths="
+                f"snapshot {self._snapshot_id[:12]}: {count} chunks are in no pack; "
+                f"leaves: {some(missing, count=_SHOWN_PATHS_MAX)}; run `castore verify`, or load the "
+                "other leaves with paths="
             )
             error = _gone_or(self._handle, self._snapshot_id, error)
             if not isinstance(error, SnapshotGoneError):  # thinned and collected since the look at the beginning?
@@ -388,7 +385,7 @@ class _Fetch:
         paths = list(self._overwritten)
         return PartialLoadError(
             f"{error}; {len(paths)} live leaves already hold bytes of snapshot {self._snapshot_id[:12]}: "
-            f"{_shortened(paths)}; load another snapshot into the state before using it",
+            f"{some(paths, count=_SHOWN_PATHS_MAX)}; load another snapshot into the state before using it",
             overwritten=paths,
         )
 

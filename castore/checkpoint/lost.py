@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 
 from castore.checkpoint.thinned import leaf_paths
-from castore.errors import CastoreError, DamageError, LostLeavesError
+from castore.errors import CastoreError, DamageError, LostLeavesError, some
 from castore.format.manifest import Entry, Kind
 from castore.format.paths import parent_of
 from castore.format.snapshot import SnapshotRecord
@@ -25,7 +25,12 @@ def explain(handle: Handle, snapshot_id: SnapshotId, error: CastoreError, entrie
         return error
     lost = set(loss.leaves)
     left = [path for path in leaf_paths(entries) if path not in lost]
-    return _error(snapshot_id, loss, left, f"{loss.leaf_count} leaves are lost, such as {_shortened(loss.leaves)}")
+    return _error(
+        snapshot_id,
+        loss,
+        left,
+        f"{loss.leaf_count} leaves are lost, such as {some(map(repr, loss.leaves), count=_SHOWN_MAX)}",
+    )
 
 
 def entries_left(
@@ -85,15 +90,14 @@ def _complete(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _error(snapshot_id: SnapshotId, loss: Loss, left: Sequence[str], what: str) -> LostLeavesError:
-    rest = f"left are {_shortened(left)}: load them with paths=" if left else "nothing of it is left"
+    rest = (
+        f"left are {some(map(repr, left), count=_SHOWN_MAX)}: load them with paths="
+        if left
+        else "nothing of it is left"
+    )
     return LostLeavesError(
         f"snapshot {snapshot_id[:12]}: {what}, as a repair has found; {rest}, or load another snapshot; "
         "`castore repair --from` heals it where the content is found elsewhere",
         lost=loss.leaves,
         left=left,
     )
-
-
-def _shortened(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _SHOWN_MAX} more" if len(paths) > _SHOWN_MAX else ""
-    return ", ".join(map(repr, paths[:_SHOWN_MAX])) + more

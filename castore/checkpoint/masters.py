@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from castore.checkpoint.plan import LeafChunks, Source
+from castore.codec.derived import COPY_ITEM_BYTES, MASTER_ITEM_BYTES
 from castore.codec.rounding import Rule
+from castore.codec.transform import kernel
 from castore.ids import Buffer, ChunkId
 from castore.options import GRID_BYTES
 
-_MASTER_ITEM_BYTES, _COPY_ITEM_BYTES = 4, 2
 _WINDOWS, _WINDOW_ITEMS = 4, 16
 """The sample: 64 elements spread over the leaf. Windows start on multiples of their length, so none straddles two
 chunks."""
@@ -37,22 +38,20 @@ class Master:
 
 def find_masters(leaves: Sequence[LeafChunks]) -> dict[ChunkId, tuple[Master, ...]]:
     """Chunks of 16-bit floats → what each may be the rounding of, the likeliest first. Reads samples only."""
-    copies = [leaf for leaf in leaves if _holds_floats(leaf, _COPY_ITEM_BYTES)]
+    copies = [leaf for leaf in leaves if _holds_floats(leaf, COPY_ITEM_BYTES)]
     wanted_bytes = {2 * leaf.raw_bytes for leaf in copies}
     samples: dict[tuple[int, _Sample], list[tuple[Rule, LeafChunks]]] = {}
     if wanted_bytes:
-        from castore.codec.transform import kernel  # numpy costs 80 ms of start-up
-
         for leaf in leaves:
-            if leaf.raw_bytes in wanted_bytes and _holds_floats(leaf, _MASTER_ITEM_BYTES):
-                sample = _sample(leaf, _MASTER_ITEM_BYTES)
+            if leaf.raw_bytes in wanted_bytes and _holds_floats(leaf, MASTER_ITEM_BYTES):
+                sample = _sample(leaf, MASTER_ITEM_BYTES)
                 rounded = bytearray(len(sample) // 2)
                 for rule in Rule:
                     kernel.derive(sample, rounded, rule)
                     samples.setdefault((leaf.raw_bytes, bytes(rounded)), []).append((rule, leaf))
     found: dict[ChunkId, tuple[Master, ...]] = {}
     for leaf in copies:
-        agreeing = samples.get((2 * leaf.raw_bytes, _sample(leaf, _COPY_ITEM_BYTES)), ())
+        agreeing = samples.get((2 * leaf.raw_bytes, _sample(leaf, COPY_ITEM_BYTES)), ())
         for chunk_id, masters in _by_chunk(leaf, agreeing[:_CANDIDATES_MAX]):
             found.setdefault(chunk_id, masters)
     return found

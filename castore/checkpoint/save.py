@@ -34,6 +34,7 @@ from castore.ids import SnapshotId
 from castore.leases import check_not_condemned, is_condemned, writer_lease
 from castore.manifests import leaf_table
 from castore.marks import note_orphan
+from castore.progress import Meter
 from castore.refs import check_free, check_tag_free, create_tag, delete_ref_file, move_branch, read_branch, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, make_snapshot, read_record, write_record
@@ -72,7 +73,7 @@ def save_flat(
         for tag in request.tags:
             check_tag_free(handle.backend, tag)
         raw_bytes = sum(payload.raw_bytes for payload in flat.payloads if payload)
-        meter = _Meter(progress, total_bytes=2 * raw_bytes, beat=lease.beat)
+        meter = Meter(progress, 2 * raw_bytes, beat=lease.beat)
         handle.bases.set_budget(0 if handle.base_memory_bytes is None and not staged else handle.base_memory_bytes)
         hashed = hash_state(flat, handle.hasher, progress=meter.advance)
         session = WriteSession(handle, now_ns)
@@ -183,7 +184,7 @@ def _write_chunks(
     *,
     parent: _Parent,
     previous: _Previous | None,
-    meter: _Meter,
+    meter: Meter,
 ) -> SnapshotRecord:
     """Write what is missing and describe the snapshot; nothing is visible yet but packs that nobody refers to."""
     handle = session.handle
@@ -202,7 +203,7 @@ def _write_chunks(
         if part_id not in present
     ]
     fresh_bytes = new_bytes(writes, present)
-    meter.skip(hashed.raw_bytes - fresh_bytes)
+    meter.advance(max(0, hashed.raw_bytes - fresh_bytes))  # what needs no writing
     _warn_if_tight(handle, fresh_bytes)
     stored_bytes = session.write([*writes, *parts], progress=meter.advance)
     return SnapshotRecord(
@@ -242,15 +243,15 @@ def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
     return None
 
 
-def _warn_if_tight(handle: Handle, new_bytes: int) -> None:
+def _warn_if_tight(handle: Handle, fresh_bytes: int) -> None:
     """Say so before the writing starts: a save that ends at a full disk has cost its time, and training goes on without
     a snapshot. How far the new chunks shrink is not known yet.
     """
     free_bytes = handle.backend.free_bytes()
-    if free_bytes is not None and free_bytes < new_bytes:
+    if free_bytes is not None and free_bytes < fresh_bytes:
         warnings.warn(
-            f"{handle.backend.location}: this save has {new_bytes} new bytes before compression, and {free_bytes} are "
-            "free: it may not fit; `castore forget` and `castore gc` make room",
+            f"{handle.backend.location}: this save has {fresh_bytes} new bytes before compression, and {free_bytes} "
+            "are free: it may not fit; `castore forget` and `castore gc` make room",
             LowSpaceWarning,
             stacklevel=6,  # the caller of Repository.save
         )
@@ -276,29 +277,6 @@ def _array_digests(hasher: Hasher, entries: Iterable[Entry]) -> dict[str, bytes]
 
 
 _ARRAYS = frozenset({Kind.TENSOR, Kind.NDARRAY, Kind.STORAGE})
-
-
-class _Meter:
-    """Turns bytes hashed and bytes written into one progress figure."""
-
-    def __init__(self, progress: Progress | None, *, total_bytes: int, beat: Callable[[], None]) -> None:
-        self._beat = beat
-        self._progress = progress
-        self._total = total_bytes
-        self._done = 0
-
-    def advance(self, count_bytes: int) -> None:
-        self._beat()
-        self._done = min(self._total, self._done + count_bytes)
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def skip(self, count_bytes: int) -> None:
-        """Bytes that need no writing."""
-        self.advance(max(0, count_bytes))
-
-    def finish(self) -> None:
-        self.advance(self._total)
 
 
 def software() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from castore.backend.base import Backend
-from castore.errors import ThinnedError
+from castore.errors import ThinnedError, some
 from castore.format.manifest import Entry, Kind
 from castore.format.paths import parent_of
 from castore.ids import SnapshotId
@@ -26,8 +26,8 @@ def refuse_dropped(
         left = left_of(entries, thinning)
         raise ThinnedError(
             f"snapshot {snapshot_id[:12]} was thinned ({', '.join(thinning.dropped)}): {len(dropped)} of the leaves "
-            f"asked for are dropped, such as {dropped[0]!r}; left: {_shortened(left)}; load those with paths=, or "
-            f"bring the others back with `castore undelete {snapshot_id[:12]}` while gc has not freed them",
+            f"asked for are dropped, such as {dropped[0]!r}; left: {some(left, count=_SHOWN_MAX)}; load those with "
+            f"paths=, or bring the others back with `castore undelete {snapshot_id[:12]}` while gc has not freed them",
             dropped=dropped,
             left=left,
         )
@@ -56,8 +56,3 @@ def left_of(entries: Iterable[Entry], thinning: Thinning) -> list[str]:
             top = parent_of(top)
         whole[top] = None
     return list(whole)
-
-
-def _shortened(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _SHOWN_MAX} more" if len(paths) > _SHOWN_MAX else ""
-    return ", ".join(paths[:_SHOWN_MAX]) + more

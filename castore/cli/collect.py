@@ -37,8 +37,8 @@ castore gc --json | jq .pending
 @click.option(
     "--repack-below",
     type=click.FloatRange(0, 1),
-    default=round(REPACK_BELOW, 2),
-    show_default=True,
+    default=REPACK_BELOW,
+    show_default="two thirds",
     metavar="SHARE",
     help="Rewrite packs of which a smaller share is live. 0 only deletes packs in which nothing is.",
 )

@@ -232,11 +232,12 @@ def export_command(
     kind = format_of(file)
     if not force:
         check_absent(file)
+    skipped: tuple[tuple[str, str], ...] = ()
     with app.open() as repository:
         as_dicts: Literal["dict", "error"] = "dict" if classes_as_dicts or kind == "safetensors" else "error"
         with app.progress("loading") as progress:
             if latest_valid:
-                snapshot, state = _load_valid(
+                snapshot, state, skipped = _load_valid(
                     app, repository, ref, paths, allow_pickle=allow_pickle, missing_classes=as_dicts, progress=progress
                 )
             else:
@@ -257,7 +258,8 @@ def export_command(
             write_pt(file, state, force=force)
     written = file.stat().st_size
     if app.as_json:
-        app.document({"snapshot": snapshot.id, "file": str(file), "format": kind, "file_bytes": written})
+        fields = {"snapshot": snapshot.id, "file": str(file), "format": kind, "file_bytes": written}
+        app.document(fields | ({"skipped": dict(skipped)} if latest_valid else {}))
     else:
         app.line(f"wrote {clean(str(file))}, {size(written)}, from {snapshot.id[:ID_DIGITS]}")
 
@@ -271,8 +273,8 @@ def _load_valid(
     allow_pickle: bool,
     missing_classes: Literal["dict", "error"],
     progress: Progress | None,
-) -> tuple[Snapshot, Any]:
-    """The newest snapshot that is whole; what was passed over is said on stderr."""
+) -> tuple[Snapshot, Any, tuple[tuple[str, str], ...]]:
+    """The newest snapshot that is whole, its state, and what was passed over, which is said on stderr too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SkippedSnapshotWarning)
         found = repository.load_latest_valid(
@@ -284,7 +286,7 @@ def _load_valid(
         )
     for name, why in found.skipped:
         app.note(f"passed over {clean(name[:ID_DIGITS])}: {clean(why)}")
-    return found.snapshot, found.state
+    return found.snapshot, found.state, found.skipped
 
 
 def check_leaves(leaves: Iterable[Leaf], globs: Sequence[str]) -> None:

@@ -111,6 +111,8 @@ def error_document(error: BaseException) -> str:
         fields |= {"snapshot": error.snapshot_id, "expected": error.expected_id, "found": error.found_id}
     if isinstance(error, errors.LostLeavesError):
         fields |= {"lost": list(error.lost), "left": list(error.left)}
+    if isinstance(error, errors.ThinnedError):
+        fields |= {"dropped": list(error.dropped), "left": list(error.left)}
     if isinstance(error, errors.NoValidSnapshotError):
         fields["skipped"] = dict(error.skipped)
     return json.dumps({"error": fields}, indent=2)

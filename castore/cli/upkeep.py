@@ -253,7 +253,8 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(tuple(names))
     for row in rows:
-        table.add(*(str(row.get(name, "")) for name in names))
+        cells = (row.get(name, "") for name in names)
+        table.add(*(" ".join(cell) if isinstance(cell, list) else str(cell) for cell in cells))
     return table
 
 

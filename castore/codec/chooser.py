@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from castore.codec.base import PLAIN, Elements
 from castore.codec.registry import DELTA, DERIVED, chain_name, codec_numbered, decode_chain
@@ -97,10 +97,7 @@ def encode_as_rounding(
     if _encode(_CONSTANT, raw, elements) is not None:
         return None
     encoded = Encoded((DERIVED,), encode_derived(rule), rests_on_base=True)
-    proof, master = _proof_memory(len(raw)), _proof.masters
-    if len(master) < 2 * len(raw):
-        master = _proof.masters = bytearray(2 * len(raw))
-    view = memoryview(master)[: 2 * len(raw)]
+    proof, view = _proof_memory(len(raw)), _proof_memory(2 * len(raw), of="masters")
     start = 0
     for _, part in masters:
         view[start : start + len(part)] = part
@@ -196,7 +193,7 @@ def _prove(encoded: Encoded, raw_bytes: int, chunk_id: ChunkId, hasher: Hasher, 
         )
 
 
-def _proof_memory(length: int) -> memoryview:
-    if len(_proof.buffer) < length:
-        _proof.buffer = bytearray(length)
-    return memoryview(_proof.buffer)[:length]
+def _proof_memory(length: int, *, of: Literal["buffer", "masters"] = "buffer") -> memoryview:
+    if len(getattr(_proof, of)) < length:
+        setattr(_proof, of, bytearray(length))
+    return memoryview(getattr(_proof, of))[:length]

@@ -23,9 +23,6 @@ from castore.codec.entropy import order0_shares
 from castore.codec.transform import ALPHA_MAX, ALPHA_MIN, Mode
 from castore.ids import Buffer
 
-NUMBER = 16
-NAME = "delta"
-
 _WINDOWS, _WINDOW_BYTES = 8, 2048
 """The sample: 8 places spread over the chunk, 16 KiB in all (1.6 % of a chunk)."""
 _RATIO_ITEMS = 1024

@@ -17,9 +17,6 @@ from castore.errors import CodecError
 from castore.ids import Buffer
 from castore.options import GRID_BYTES
 
-NUMBER = 17
-NAME = "derived"
-
 MASTER_ITEM_BYTES, COPY_ITEM_BYTES = 4, 2
 
 

@@ -150,7 +150,7 @@ def lost_name(snapshot_id: SnapshotId) -> str:
 
 def parse_lost_name(name: str) -> SnapshotId | None:
     """The snapshot id, or None when the name is not that of such a mark."""
-    return parse_snapshot_name(SNAPSHOTS + name.removeprefix(LOST))
+    return _parse_id(name, LOST)
 
 
 def new_quarantine(random_bytes: RandomBytes = os.urandom) -> str:

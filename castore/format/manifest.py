@@ -217,8 +217,9 @@ def part_references(data: Buffer, *, id_bytes: int, where: str) -> tuple[bytes, 
         odd = version != PART_VERSION or len(data) > PART_BYTES_MAX
         for _, _, _, _, _, _, _, ids, _ in packed_entries:
             if type(ids) is list:
+                odd = odd or type(ids[0]) is not bytes or len(ids[0]) % id_bytes != 0
+                odd = odd or len(ids) > 2 or (len(ids) == 2 and ids[1] is not None)
                 (chunks if len(ids) == 1 else id_lists).append(ids[0])
-                odd = odd or len(ids) > 2 or len(ids[0]) % id_bytes != 0
     except (ValueError, TypeError, LookupError, msgpack.UnpackException, RecursionError):
         odd = True
     if not odd:

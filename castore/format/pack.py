@@ -283,7 +283,7 @@ def decode_record_header(data: Buffer, *, offset: int, id_bytes: int, where: str
         _unpack_chain(chain),
         _record_kind(kind, where),
         depth,
-        _unpack_bases(base_id, bytes(view[fixed.size : -_RECORD_SUM_BYTES])),
+        _unpack_bases(base_id, bytes(view[fixed.size : -_RECORD_SUM_BYTES]), where),
     )
     check_row(row, where=where)
     return row
@@ -404,7 +404,7 @@ def decode_table(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str) -
             _unpack_chain(chain),
             _record_kind(kind, where),
             depth,
-            _unpack_bases(base_id, second),
+            _unpack_bases(base_id, second, where),
             bool(flags & FLAG_IN_RUN),
         )
         check_row(row, where=where)
@@ -424,8 +424,12 @@ def _pack_bases(base_ids: tuple[ChunkId, ...], id_bytes: int) -> tuple[bytes, by
     return (base_ids[0] if base_ids else bytes(id_bytes)), b"".join(base_ids[1:])
 
 
-def _unpack_bases(first: bytes, second: bytes) -> tuple[ChunkId, ...]:
-    """Both ids as a row has them. A second base without a first one is left to `check_row`."""
+def _unpack_bases(first: bytes, second: bytes, where: str) -> tuple[ChunkId, ...]:
+    """Both ids as a row has them; `second` is empty without a second base. Raises FormatError for one of zeros, and for
+    one without a first.
+    """
+    if second and not (any(first) and any(second)):
+        raise FormatError(f"{where}: expected two bases, found {first.hex()} and {second.hex()}")
     return tuple(ChunkId(base_id) for base_id in (first, second) if any(base_id))
 
 

@@ -70,10 +70,14 @@ def decode_columns(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str)
     second_rows = np.flatnonzero(rows["flags"] & FLAG_TWO_BASES)
     if len(second_rows) != trailer.second_base_count or len(data) != table_bytes(trailer, id_bytes=id_bytes):
         raise FormatError(f"{where}: the table of {len(data)} bytes does not hold the second bases of its rows")
+    base_ids = as_words(np.ascontiguousarray(rows["base_id"]).data, id_bytes)
+    second_base_ids = as_words(bytes(memoryview(data)[rows_end:]), id_bytes)
+    if not (base_ids[second_rows].any(axis=1).all() and second_base_ids.any(axis=1).all()):
+        raise FormatError(f"{where}: expected two bases of every row that says so, found zeros")
     return TableColumns(
         as_words(np.ascontiguousarray(rows["chunk_id"]).data, id_bytes),
-        as_words(np.ascontiguousarray(rows["base_id"]).data, id_bytes),
-        as_words(bytes(memoryview(data)[rows_end:]), id_bytes),
+        base_ids,
+        second_base_ids,
         second_rows,
         rows["stored_bytes"].astype(np.uint32),
         rows["depth"].astype(np.uint8),

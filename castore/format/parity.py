@@ -10,7 +10,7 @@ cells is coded, and restored, by itself: what is lost may lie in other stretches
        10   2  k
        12   2  m                           k + m <= 255
        14   2  zero
-       16   4  cell bytes
+       16   4  cell bytes                  a multiple of 64, at most 1 MiB; at most 2^24 cells in all
        20   4  zero
        24   8  pack bytes
        32   8  stretch bytes               a multiple of 64

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from castore.errors import some
 from castore.format.layout import PACKS
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.pack_check import Needs, Survey
 from castore.maintenance.parts import PartReader, affected_leaves
 from castore.maintenance.record_check import Fault
-from castore.maintenance.report import Findings, some
+from castore.maintenance.report import Findings
 from castore.marks import Thinning
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from castore.backend.base import RangeReader
-from castore.errors import CastoreError
+from castore.errors import CastoreError, some
 from castore.format.layout import pack_name
 from castore.format.pack import HEADER_BYTES, RUN_FIXED_BYTES, Row, aligned
 from castore.hashing import CHECKSUM_BYTES, Hasher
 from castore.ids import PackId
-from castore.maintenance.report import Findings, some
+from castore.maintenance.report import Findings
 from castore.maintenance.tables import scan_rows
 from castore.options import PAGE_BYTES
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 
+from castore.errors import some
 from castore.format.layout import PACKS, snapshot_name
 from castore.format.manifest import Entry, chunk_bytes
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, SnapshotId
 from castore.maintenance.manifest_check import check_manifest
 from castore.maintenance.parts import PartReader
-from castore.maintenance.report import Findings, some
+from castore.maintenance.report import Findings
 from castore.manifests import split_ids
 from castore.marks import Thinning
 from castore.repository import Handle

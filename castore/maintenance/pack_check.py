@@ -18,7 +18,7 @@ from itertools import groupby
 from types import MappingProxyType
 
 from castore.backend.base import Backend, RangeReader
-from castore.errors import CastoreError, NotFoundError
+from castore.errors import CastoreError, NotFoundError, some
 from castore.format.layout import pack_name, parse_pack_name
 from castore.format.pack import Row
 from castore.ids import ChunkId, PackId
@@ -36,7 +36,7 @@ from castore.maintenance.record_check import (
     check_stored_only,
     reading_threads,
 )
-from castore.maintenance.report import Findings, some
+from castore.maintenance.report import Findings
 from castore.maintenance.tables import read_rows
 from castore.pack.reader import read_header
 from castore.repository import Handle

@@ -28,6 +28,7 @@ from castore.marks import forgotten_ids
 from castore.options import TEXT_FILE_BYTES_MAX
 from castore.repository import Handle
 from castore.snapshots import list_snapshot_ids
+from castore.store import pack_sizes
 
 _COLLECT_EVERY_NS = 24 * 3600 * 10**9
 
@@ -145,14 +146,17 @@ def apply_policy(handle: Handle, *, dry_run: bool = False, progress: Progress | 
 # ---- gc --auto -------------------------------------------------------------------------------------------------
 
 
-def collection_is_due(handle: Handle) -> bool:
+def collection_is_due(handle: Handle, *, target_bytes: int | None = None) -> bool:
     """Whether an automatic collection has something to do, as far as listings tell.
 
-    It has while a forgotten snapshot or a condemned file is there, and when something was thinned or a ref was taken
-    away since it last looked; else once a day, for what crashed saves left and for orphans whose grace is over.
+    It has while a forgotten snapshot or a condemned file is there, while the packs are larger than a target, and when
+    something was thinned or a ref was taken away since it last looked; else once a day, for what crashed saves left and
+    for orphans whose grace is over.
     """
     backend = handle.backend
     if forgotten_ids(backend) & frozenset(list_snapshot_ids(backend)) or read_condemned(backend):
+        return True
+    if target_bytes is not None and sum(pack_sizes(backend).values()) > target_bytes:
         return True
     last = backend.stat(POLICY_COLLECTED)
     if last is None or handle.clock() - _collected_ns(backend) >= _COLLECT_EVERY_NS:

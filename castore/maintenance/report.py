@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -192,10 +192,3 @@ class Findings:
 
 def _by_snapshot(paths: Mapping[SnapshotId, Collection[str]]) -> tuple[tuple[SnapshotId, tuple[str, ...]], ...]:
     return tuple((snapshot_id, tuple(sorted(found))) for snapshot_id, found in paths.items())
-
-
-def some(items: Iterable[object], *, count: int = 3) -> str:
-    """The first few of many, for a message."""
-    shown = [str(item) for item in items]
-    more = f" and {len(shown) - count} more" if len(shown) > count else ""
-    return ", ".join(shown[:count]) + more

@@ -24,6 +24,7 @@ from castore.maintenance.parts import PartReader
 from castore.maintenance.tables import open_rows
 from castore.maintenance.tally import MANIFEST, Tally
 from castore.marks import Thinning, forgotten_ids, read_thinning, thinned_ids
+from castore.progress import Meter
 from castore.refs import list_branches, list_tags
 from castore.repository import Handle
 from castore.snapshots import read_record
@@ -130,14 +131,14 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
     pack_files = {
         pack_id: info.size_bytes for info in handle.backend.list(PACKS) if (pack_id := parse_pack_name(info.name))
     }
-    meter = _Meter(progress, len(records) + len(pack_files))
+    meter = Meter(progress, len(records) + len(pack_files))
     tally = Tally(PartReader(handle), id_bytes=handle.hasher.digest_bytes, depth=depth)
     for snapshot_id, record in records.items():
         tally.add_snapshot(snapshot_id, record.part_ids, overlays.get(snapshot_id))
-        meter.step()
+        meter.advance()
     for pack_id in sorted(pack_files):
         tally.add_rows(_read_rows(handle, pack_id, unreadable))
-        meter.step()
+        meter.advance()
     totals = tally.totals()
     groups = tuple(GroupUsage(path, raw, stored) for path, (raw, stored) in totals.groups.items() if path != MANIFEST)
     _, manifest_bytes = totals.groups.get(MANIFEST, (0, 0))
@@ -227,15 +228,3 @@ def _snapshot_usage(
         record.stored_bytes,
         exclusive.get(snapshot_id, 0),
     )
-
-
-class _Meter:
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-
-    def step(self) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(self._done, self._total)

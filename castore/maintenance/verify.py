@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from castore.backend.base import Backend
 from castore.damage_marks import leave_mark, readable_marks
-from castore.errors import CastoreError, DamageError, UnknownRefError, UsageError
+from castore.errors import CastoreError, DamageError, UnknownRefError, UsageError, some
 from castore.format.config import decode_config
 from castore.format.layout import (
     BRANCHES,
@@ -43,7 +43,7 @@ from castore.maintenance.needs import NeededChunks
 from castore.maintenance.pack_check import Survey, check_packs
 from castore.maintenance.parts import PartReader
 from castore.maintenance.record_check import Fault
-from castore.maintenance.report import Findings, Problem, ScrubCount, VerifyReport, some
+from castore.maintenance.report import Findings, Problem, ScrubCount, VerifyReport
 from castore.maintenance.scrub import Memory, load_memory, plan_scrub, remember, scrub
 from castore.maintenance.scrub import count as count_scrubbed
 from castore.marks import (
@@ -57,6 +57,7 @@ from castore.marks import (
     thinned_ids,
 )
 from castore.options import TEXT_FILE_BYTES_MAX
+from castore.progress import Meter
 from castore.refs import Ref, read_branch, read_tag
 from castore.repository import Handle
 from castore.snapshots import read_record
@@ -423,17 +424,3 @@ def _list_packs(handle: Handle, findings: Findings) -> dict[PackId, int]:
         findings.problem("index", PACKS, f"the packs cannot be indexed: {error}")
         listing = list_packs(handle.backend)
     return {pack_id: sizes.get(pack_id, 0) for pack_id in listing}
-
-
-class Meter:
-    """Turns bytes into progress."""
-
-    def __init__(self, progress: Progress | None, total_bytes: int) -> None:
-        self._progress = progress
-        self._total_bytes = total_bytes
-        self._done_bytes = 0
-
-    def advance(self, count_bytes: int) -> None:
-        self._done_bytes = min(self._total_bytes, self._done_bytes + count_bytes)
-        if self._progress is not None:
-            self._progress(self._done_bytes, self._total_bytes)

@@ -38,6 +38,7 @@ from castore.leases import read_condemned, writer_lease
 from castore.manifests import check_paths
 from castore.marks import kept_entries, read_thinning
 from castore.options import SNAPSHOT_BYTES_MAX
+from castore.progress import Meter
 from castore.refs import create_tag, delete_ref_file, move_branch, read_branch, read_tag
 from castore.repository import Handle
 from castore.snapshots import read_record
@@ -108,7 +109,7 @@ def transfer(
     with writer_lease(target.backend, purpose=purpose, now_ns=now_ns, lease_s=lease_s) as lease:
         moved = MovedSnapshots(source, target)
         plan = plan_transfer(source, target, request, moved)
-        meter = _Meter(progress, plan.raw_bytes, beat=lease.beat)
+        meter = Meter(progress, plan.raw_bytes, beat=lease.beat)
         sender = Sender(
             source,
             target,
@@ -347,25 +348,3 @@ class _Run:
             found = read_branch(backend, move.name)
             if found != target_id:  # else another push of the same was faster
                 raise ConflictError(move.name, snapshot_id=target_id, expected_id=move.found_id, found_id=found)
-
-
-class _Meter:
-    """Bytes done, of those that the plan counted."""
-
-    def __init__(self, progress: Progress | None, total_bytes: int, *, beat: Callable[[], None]) -> None:
-        """`beat` is called at each step: a sign of life for other hosts."""
-        self._progress = progress
-        self._beat = beat
-        self._total = total_bytes
-        self._done = 0
-
-    def advance(self, count_bytes: int) -> None:
-        """More was dealt with."""
-        self._beat()
-        self._done = min(self._total, self._done + count_bytes)
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-    def finish(self) -> None:
-        """All of it was."""
-        self.advance(self._total)

@@ -32,7 +32,7 @@ from typing import Any
 from castore.errors import UsageError
 from castore.format.layout import drain_name, lost_name, orphan_name, snapshot_name, thin_name
 from castore.ids import PackId, SnapshotId
-from castore.leases import Condemned, LeaseInfo, condemn, read_condemned
+from castore.leases import Condemned, LeaseInfo, condemn, condemned_packs, read_condemned
 from castore.maintenance.gc.claim import collector_claim, with_reserve
 from castore.maintenance.gc.litter import (
     remove_dead_leases,
@@ -67,17 +67,17 @@ class GcRequest:
     repack_bytes_max: int = REPACK_BYTES_MAX
     wait_s: float | None = None
     """How long to wait for older writers; None: the lease length of the repository."""
+    target_bytes: int | None = None
+    """The size that `collect_to_target` comes down to."""
 
-
-def check_request(request: GcRequest) -> GcRequest:
-    """Raises UsageError."""
-    if not 0 <= request.repack_below <= 1:
-        raise UsageError(f"repack_below: expected a share of 0 to 1, found {request.repack_below}")
-    if request.repack_bytes_max < 0 or (request.wait_s is not None and request.wait_s < 0):
-        raise UsageError(
-            f"expected repack_bytes_max and wait_s of at least 0, found {request.repack_bytes_max}, {request.wait_s}"
-        )
-    return request
+    def __post_init__(self) -> None:
+        """Raises UsageError: before a policy is applied, or anything forgotten."""
+        if not 0 <= self.repack_below <= 1:
+            raise UsageError(f"repack_below: expected a share of 0 to 1, found {self.repack_below}")
+        for name in ("repack_bytes_max", "wait_s", "target_bytes"):
+            found = getattr(self, name)
+            if found is not None and found < 0:
+                raise UsageError(f"{name}: expected at least 0, found {found}")
 
 
 def collect(
@@ -94,7 +94,6 @@ def collect(
     that it is not known what may go; nothing was freed), NoSpaceError, StorageError, RepositoryAccessError; after any
     of them, gc is simply run again.
     """
-    check_request(request)
     handle.config.check_features("write", "gc", where=handle.backend.location)  # what must stay is copied first
     watch = Watch(lease_s=handle.config.options.lease_s, monotonic_s=monotonic_s, sleep=sleep)
     if request.dry_run:
@@ -155,7 +154,7 @@ class _Collection:
         if drained:
             survey.look_again()
             # Read again: a collector that slept may have condemned since what we would have relied on.
-            going = frozenset[PackId]().union(*(found.packs for found in read_condemned(self._backend)))
+            going = condemned_packs(self._backend)
             survey.settle(going)
             self._remove_snapshots(survey, drained)
             swept = self._sweep_packs(survey, drained, going)

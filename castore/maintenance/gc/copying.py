@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from castore.backend.base import RangeReader
-from castore.codec.registry import decode_chain
-from castore.errors import ChecksumError, CodecError, DamageError, StorageError
+from castore.errors import DamageError, StorageError
 from castore.format.layout import pack_name
-from castore.format.pack import PackHeader, Row, check_row
+from castore.format.pack import PackHeader, Row
 from castore.ids import Buffer, new_pack_id
 from castore.maintenance.chunks import ChunkReader
 from castore.options import GRID_BYTES
 from castore.pack.writer import PackWriter, SealedPack
 from castore.repository import Handle
-from castore.store import check_stored
+from castore.store import read_proven
 
 
 class Copier:
@@ -36,25 +35,10 @@ class Copier:
         """Appended since the last seal."""
         return self._pack.pack_bytes if self._pack is not None else 0
 
-    def verified(self, reader: RangeReader, row: Row, *, where: str) -> memoryview:
+    def verified(self, reader: RangeReader, row: Row, *, where: str) -> bytearray:
         """The stored bytes of a record that decodes to its chunk. Raises DamageError."""
-        where = f"{where}, record of chunk {row.chunk_id.hex()} at {row.offset}"
-        check_row(row, where=where)
-        stored = memoryview(bytearray(row.stored_bytes))
-        reader.read_into(row.offset, stored)
-        check_stored(row, stored, where=where)
-        raw = stored
-        if row.chain:
-            base = self._chunks.read_base(row, where=where) if row.base_ids else None
-            raw = memoryview(bytearray(row.raw_bytes))
-            try:
-                decode_chain(row.chain, stored, raw, base=base)
-            except CodecError as error:
-                raise CodecError(f"{where}: {error}") from error
-        found = self._handle.hasher.digest(raw)
-        if found != row.chunk_id:
-            raise ChecksumError(f"{where}: expected these bytes to hash to the chunk's id, found {found.hex()}")
-        return stored
+        hasher, read_base = self._handle.hasher, self._chunks.read_base
+        return read_proven(reader, row, hasher, where=where, read_base=read_base)[0]
 
     def copy(self, reader: RangeReader, unit: Unit, *, where: str) -> None:
         """Append one record, or a run. Raises DamageError with nothing appended, NoSpaceError or StorageError."""

@@ -75,7 +75,7 @@ class Ledger:
         self.absent_count = 0
         """Chunks that were marked and that no pack holds, as of the latest `settle`."""
         self.broken_count = 0
-        """Kept records whose base no pack holds, as of the latest `settle`."""
+        """Bases of kept records that no pack holds less deep, as of the latest `settle`."""
         self._id_bytes = id_bytes
         self._table = IdTable(id_bytes)
         self._best = _Column(np.int32, fill=_NONE)
@@ -196,14 +196,20 @@ class Ledger:
 
     def _rests_on(self, rows: Rows) -> tuple[Rows, Numbers]:
         """Each of these records with each of its bases."""
-        base, second_rows = self._base.values, self._second_rows.values
+        base = self._base.values
         first = rows[base[rows] >= 0]
-        places = np.searchsorted(second_rows, rows)
-        inside = places < len(second_rows)
-        has_second = np.zeros(len(rows), np.bool_)
-        has_second[inside] = second_rows[places[inside]] == rows[inside]
+        places, has_second = self._second_places(rows)
         second = self._second_base.values[places[has_second]]
         return np.concatenate([first, rows[has_second]]), np.concatenate([base[first], second])
+
+    def _second_places(self, rows: Rows) -> tuple[Rows, npt.NDArray[np.bool_]]:
+        """Where each of these records stands among those with two bases, and whether it does."""
+        second_rows = self._second_rows.values
+        places = np.searchsorted(second_rows, rows)
+        has_second = np.zeros(len(rows), np.bool_)
+        inside = places < len(second_rows)
+        has_second[inside] = second_rows[places[inside]] == rows[inside]
+        return places, has_second
 
     def rows_of(self, chunk: int) -> list[int]:
         """Every record of a chunk, the best first."""
@@ -269,7 +275,7 @@ class Ledger:
         """Bytes that records take in their packs: header, payload, padding and table row."""
         overhead = record_header_bytes(self._id_bytes) + row_bytes(self._id_bytes)
         stored = self._stored.values[rows].astype(np.int64)
-        second = np.isin(rows, self._second_rows.values) * (2 * self._id_bytes)  # in the header and in the table
+        second = self._second_places(rows)[1] * (2 * self._id_bytes)  # in the header and in the table
         sizes: npt.NDArray[np.int64] = -(-stored // ALIGN_BYTES) * ALIGN_BYTES + overhead + second
         return sizes
 
@@ -297,7 +303,9 @@ class Ledger:
         pinned = kept[(self._flags.values[chunk[kept]] & _DIRECT) == 0]
         sizes = self.record_bytes(pinned)
         owners = owner[chunk[pinned]]
-        return {int(found): int(sizes[owners == found].sum()) for found in np.unique(owners)}
+        found, of = np.unique(owners, return_inverse=True)
+        sums = np.bincount(of, weights=sizes.astype(np.float64))
+        return dict(zip(found.tolist(), sums.astype(np.int64).tolist(), strict=True))
 
     def bytes_by_owner(self, count: int) -> npt.NDArray[np.int64]:
         """By owner: bytes of kept records that would not be needed without it and all owners after it."""
@@ -326,8 +334,6 @@ class Ledger:
         if not len(pinning):
             return  # what is pinned rests on bases that no pack holds
         order = pinning[np.lexsort((depth[kept[pinning]], root[pinning]))]
-        if not len(order):
-            return  # what pins has itself lost a base
         starts = np.flatnonzero(np.diff(root[order], prepend=_NONE))
         second_rows = self._second_rows.values
         tied = frozenset(self._second_base.values[self._kept.values[second_rows]].tolist())

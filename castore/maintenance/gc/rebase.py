@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from castore.codec.base import Elements
+from castore.codec.base import PLAIN, Elements
 from castore.codec.chooser import Encoded, encode_chunk
 from castore.codec.registry import DELTA, DERIVED
+from castore.codec.transform import WIDTHS
 from castore.errors import DamageError, NoSpaceError, StorageError
 from castore.format.pack import Row
 from castore.ids import Buffer
@@ -108,8 +109,8 @@ def _rebase_tree(handle: Handle, ledger: Ledger, tree: Tree, chunks: ChunkReader
 
 
 def _elements_of(row: Row, payload: Buffer) -> Elements:
-    """What the payload of a record says of its elements. That wide ones are floats is a guess, which costs a little
-    where it is wrong.
+    """What the payload of a record says of its elements: an unverified hint. That wide ones are floats is a guess,
+    which costs a little where it is wrong.
     """
     width = payload[0] if row.chain in ((DELTA,), (_PLANES,)) and len(payload) else 1
-    return Elements(width, is_float=width > 1)
+    return Elements(width, is_float=width > 1) if width in WIDTHS else PLAIN

@@ -70,6 +70,11 @@ class GcReport:
         """Whether nothing is pending but grace periods, which end by themselves."""
         return all(pending.kind == "grace" for pending in self.pending)
 
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the limit on copying left work that the next collection can do at once."""
+        return any(pending.kind == "limit" for pending in self.pending)
+
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self) | {"is_complete": self.is_complete}

@@ -8,7 +8,7 @@ from castore.errors import DamageError
 from castore.format.layout import snapshot_name
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import PackId, SnapshotId
-from castore.leases import list_leases, read_condemned
+from castore.leases import condemned_packs, list_leases
 from castore.maintenance.gc.ledger import Ledger, PackFile
 from castore.maintenance.gc.mark import Marker
 from castore.maintenance.gc.packs import add_packs, list_new_packs
@@ -40,12 +40,10 @@ class Survey:
         # is under way with its lease.
         packs = list_new_packs(handle, self.ledger)
         leases = list_leases(handle.backend)
-        self._busy_since_ns = min(
-            (lease.started_ns for lease in leases if lease.held or not lease.is_local), default=None
-        )
+        self._busy_since_ns = min((lease.started_ns for lease in leases if lease.may_be_alive), default=None)
         self._add_packs(packs)
         self.roots, self.dead = self._look_at_roots()
-        self._condemned = frozenset[PackId]().union(*(found.packs for found in read_condemned(handle.backend)))
+        self._condemned = condemned_packs(handle.backend)
         self.settle(self._condemned)
 
     def look_again(self) -> None:

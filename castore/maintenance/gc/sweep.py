@@ -63,7 +63,14 @@ class Sweeper:
         self._ledger = ledger
         self._going = frozenset(going)
         known = sorted(pack_id for pack_id in drained if pack_id in ledger.numbers)
-        self._packs = [ledger.packs[ledger.numbers[pack_id]] for pack_id in known]
+        packs = [ledger.packs[ledger.numbers[pack_id]] for pack_id in known]
+        # Records may be in it that its damaged table does not show: it is for repair, which puts it aside.
+        self.swept.damaged.update(
+            (pack.pack_id, f"its table is damaged ({pack.damage}): run `castore repair`")
+            for pack in packs
+            if pack.damage
+        )
+        self._packs = [pack for pack in packs if not pack.damage]
         self._advance = advance
         self._copier = Copier(handle)
         self._debts: dict[PackId, set[int]] = {pack.pack_id: set() for pack in self._packs}

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from castore.errors import UsageError
 from castore.format.pack import HEADER_BYTES, TRAILER_BYTES
 from castore.ids import SnapshotId
 from castore.maintenance.forget import forget_by_policy, forget_named
@@ -50,18 +49,19 @@ def plan_target(sizes: Sequence[tuple[SnapshotId, int]], *, fixed_bytes: int, ta
 
 
 def collect_to_target(
-    handle: Handle, request: GcRequest, *, target_bytes: int, progress: Progress = lambda *_: None, **time: Any
+    handle: Handle, request: GcRequest, *, progress: Progress = lambda *_: None, **time: Any
 ) -> GcReport:
-    """Collect as `collect` does, after forgetting what it takes. Raises UsageError, and what `collect` raises.
+    """Collect as `collect` does, after forgetting what it takes. Raises what `collect` raises.
 
     Thinning by the policy comes first, as it costs least. Whatever was forgotten can be undeleted until it is swept, so
     a collection that fails afterwards has lost nothing. A dry run counts without thinning.
     """
-    if target_bytes < 0:
-        raise UsageError(f"target_bytes: expected at least 0, found {target_bytes}")
+    target_bytes = request.target_bytes
+    assert target_bytes is not None
     policy = read_policy(handle.backend)
     plan = _plan(handle, policy, target_bytes, progress)
-    if plan.dropped and policy is not None and policy.older_than is not None and not request.dry_run:
+    too_large = bool(plan.dropped) or plan.excess_bytes > 0
+    if too_large and policy is not None and policy.older_than is not None and not request.dry_run:
         thin_old(handle, policy.thin, older_than=policy.older_than, must_match=False)
         plan = _plan(handle, policy, target_bytes, progress)
     if plan.dropped and not request.dry_run:
@@ -101,7 +101,7 @@ def _shortfall(report: GcReport, plan: TargetPlan, policy: Policy | None, target
     if plan.excess_bytes == 0:
         why = "what is pending or wasted must go first: run gc again"
     elif policy is None or policy.keep is None:
-        why = "no policy is stored that says which snapshots may go: `castore policy` stores one"
+        why = "no policy is stored that says which snapshots may be forgotten: `castore policy` stores one"
     else:
         why = f"the stored policy, refs and grace periods keep at least {plan.expected_bytes} bytes"
     return Pending("target", f"{target_bytes} bytes cannot be reached, {missing} are too many: {why}", missing)
