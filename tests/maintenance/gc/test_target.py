@@ -67,3 +67,47 @@ def test_without_a_policy_nothing_is_given_up() -> None:
     check_whole(repo, {ids[0]: fresh(0), ids[1]: fresh(1)})
     with pytest.raises(UsageError):
         repo.gc(target_bytes=-1)
+
+
+def test_thinning_by_the_policy_alone_may_reach_a_size() -> None:
+    """It was only tried when snapshots could be forgotten too."""
+    repo, _ = line(4, lambda step: {"keep": fresh(step)["noise"], "drop": fresh(step + 50)["noise"]})
+    repo.set_policy(thin=["drop"], older_than=1)
+    total = sum(pack_sizes(repo.handle.backend).values())
+    report = repo.gc(target_bytes=total * 3 // 4)
+    assert report.total_bytes <= total * 3 // 4
+    assert report.pending == ()
+    assert len(list(repo.log("main"))) == 4
+
+
+@pytest.mark.parametrize("wrong", [{"target_bytes": -1}, {"repack_below": 2.0}, {"target_bytes": 5, "wait_s": -1.0}])
+@pytest.mark.parametrize("auto", [False, True])
+def test_a_request_that_is_refused_has_forgotten_nothing(wrong: dict[str, float], auto: bool) -> None:
+    repo, ids = line(4)
+    repo.set_policy(castore.Keep(last=1))
+    with pytest.raises(UsageError):
+        repo.gc(auto=auto, **wrong)
+    assert [snapshot.id for snapshot in repo.log("main")] == ids[::-1]
+
+
+def test_an_automatic_collection_comes_down_to_a_size_although_it_has_looked_today() -> None:
+    repo, _ = line(6)
+    repo.gc(auto=True)
+    assert repo.gc(auto=True) is None
+    repo.set_policy(castore.Keep(last=6))
+    total = sum(pack_sizes(repo.handle.backend).values())
+    assert repo.gc(auto=True, target_bytes=total) is None
+    report = repo.gc(auto=True, target_bytes=total // 2)
+    assert report is not None
+    assert report.pending[-1].kind == "target"
+
+
+def test_an_automatic_collection_that_was_cut_short_goes_on_at_once() -> None:
+    repo, ids = line(6, lambda step: {"a": fresh(step)["noise"], "b": fresh(step + 50)["noise"]})
+    repo.thin(["b"], ids=ids[:4])
+    report = repo.gc(auto=True, repack_below=1, repack_bytes_max=12_000)
+    assert report is not None
+    assert report.is_cut_short
+    again = repo.gc(auto=True, repack_below=1, repack_bytes_max=10**9)
+    assert again is not None
+    assert again.freed_bytes > 0
