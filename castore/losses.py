@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from castore.backend.base import Backend
+from castore.backend.replace import replace_file
 from castore.errors import CastoreError, ChecksumError, NotFoundError
 from castore.format.layout import LOST, lost_name, parse_lost_name
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
@@ -98,22 +99,12 @@ def write_loss(backend: Backend, loss: Loss) -> None:
         "parts": [part_id.hex() for part_id in loss.parts],
         "time_ns": loss.time_ns,
     }
-    _replace(backend, lost_name(loss.snapshot_id), encode_text_file(fields))
+    replace_file(backend, lost_name(loss.snapshot_id), encode_text_file(fields))
 
 
 def delete_loss(backend: Backend, snapshot_id: SnapshotId) -> None:
     """Take a mark away: the snapshot is whole again, or gone."""
-    _replace(backend, lost_name(snapshot_id), None)
-
-
-def _replace(backend: Backend, name: str, new: bytes | None) -> None:
-    while True:
-        try:
-            old: bytes | None = backend.read(name, max_bytes=16 * TEXT_FILE_BYTES_MAX)
-        except NotFoundError:
-            old = None
-        if backend.compare_and_swap(name, expected=old, new=new):
-            return
+    replace_file(backend, lost_name(snapshot_id), None)
 
 
 def _decode(data: bytes, snapshot_id: SnapshotId, name: str) -> Loss:

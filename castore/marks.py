@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from castore.backend.base import Backend
+from castore.backend.replace import replace_file
 from castore.errors import DamageError, FormatError, NotFoundError, UsageError
 from castore.format.layout import (
     FORGOTTEN,
@@ -145,7 +146,7 @@ def _encode(mark: Forgotten) -> bytes:
 
 def unforget_snapshot(backend: Backend, snapshot_id: SnapshotId) -> bool:
     """Remove the marker durably, a damaged one too; False when there was none."""
-    return _remove(backend, forgotten_name(snapshot_id))
+    return replace_file(backend, forgotten_name(snapshot_id), None)
 
 
 # ---- thinned ---------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def thin_snapshot(backend: Backend, mark: Thinning) -> bool:
 
 def unthin_snapshot(backend: Backend, snapshot_id: SnapshotId) -> bool:
     """Remove the overlay durably, a damaged one too; False when there was none."""
-    return _remove(backend, thin_name(snapshot_id))
+    return replace_file(backend, thin_name(snapshot_id), None)
 
 
 def kept_entries(entries: Iterable[Entry], thinning: Thinning | None) -> list[Entry]:
@@ -323,26 +324,4 @@ def _put(backend: Backend, name: str, data: bytes, *, keep: Callable[[], object]
     """Write a mark in the place of what is there, unless `keep` says that what is there is as good; damage never is."""
     if len(data) > TEXT_FILE_BYTES_MAX:
         raise UsageError(f"{name}: expected at most {TEXT_FILE_BYTES_MAX} bytes, found {len(data)}; give fewer globs")
-    while True:  # until nobody changes it between the look and the write
-        try:
-            old: bytes | None = backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX)
-        except NotFoundError:
-            old = None
-        if old is not None:
-            try:
-                if keep():
-                    return False
-            except DamageError:
-                pass
-        if backend.compare_and_swap(name, expected=old, new=data):
-            return True
-
-
-def _remove(backend: Backend, name: str) -> bool:
-    while True:  # until nobody changes it between the look and the removal
-        try:
-            old = backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX)
-        except NotFoundError:
-            return False
-        if backend.compare_and_swap(name, expected=old, new=None):
-            return True
+    return replace_file(backend, name, data, keep=keep)

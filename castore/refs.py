@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from castore.backend.base import Backend
+from castore.backend.replace import replace_file
 from castore.errors import (
     AmbiguousRefError,
     DamageError,
@@ -97,13 +98,7 @@ def create_tag(backend: Backend, name: str, snapshot_id: SnapshotId, *, now_ns: 
 
 def delete_ref_file(backend: Backend, file_name: str) -> bool:
     """Remove a ref file whatever it holds (a damaged one too); False when there was none."""
-    while True:  # until nobody moves it between the look and the removal
-        try:
-            data = backend.read(file_name, max_bytes=TEXT_FILE_BYTES_MAX)
-        except NotFoundError:
-            return False
-        if backend.compare_and_swap(file_name, expected=data, new=None):
-            return True
+    return replace_file(backend, file_name, None)
 
 
 def encode_ref(ref: Ref) -> bytes:

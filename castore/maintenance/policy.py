@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 from castore.backend.base import Backend
+from castore.backend.replace import replace_file
 from castore.errors import DamageError, FormatError, NotFoundError, UsageError
 from castore.format.layout import ORPHANS, POLICY, POLICY_APPLIED, POLICY_COLLECTED, SNAPSHOTS, THIN
 from castore.format.textfile import decode_text_file, encode_text_file, text_field
@@ -106,15 +107,15 @@ def write_policy(handle: Handle, policy: Policy) -> None:
     """Store a policy in the place of the one before. It is first due after `every_saves` more saves."""
     handle.config.check_features("write", where=handle.backend.location)
     now_ns = handle.clock()
-    _replace(handle.backend, POLICY_APPLIED, encode_text_file({"applied_ns": now_ns}))
-    _replace(handle.backend, POLICY, encode_text_file({**policy.to_json(), "set_ns": now_ns}))
+    replace_file(handle.backend, POLICY_APPLIED, encode_text_file({"applied_ns": now_ns}))
+    replace_file(handle.backend, POLICY, encode_text_file({**policy.to_json(), "set_ns": now_ns}))
 
 
 def clear_policy(handle: Handle) -> bool:
     """Remove the stored policy, a damaged one too; False when there was none."""
     handle.config.check_features("write", where=handle.backend.location)
-    found = _replace(handle.backend, POLICY, None)
-    _replace(handle.backend, POLICY_APPLIED, None)
+    found = replace_file(handle.backend, POLICY, None)
+    replace_file(handle.backend, POLICY_APPLIED, None)
     return found
 
 
@@ -126,7 +127,7 @@ def apply_policy(handle: Handle, *, dry_run: bool = False, progress: Progress | 
     if not dry_run:
         handle.config.check_features("write", where=handle.backend.location)
         # First, so that of several writers who find it due most leave it to one.
-        _replace(handle.backend, POLICY_APPLIED, encode_text_file({"applied_ns": handle.clock()}))
+        replace_file(handle.backend, POLICY_APPLIED, encode_text_file({"applied_ns": handle.clock()}))
     forget = thin = None
     if policy.keep is not None:
         forget = forget_by_policy(handle, policy.keep, dry_run=dry_run, progress=progress)
@@ -166,7 +167,7 @@ def collection_is_due(handle: Handle, *, target_bytes: int | None = None) -> boo
 
 def note_collected(handle: Handle) -> None:
     """Write down that an automatic collection has looked."""
-    _replace(handle.backend, POLICY_COLLECTED, encode_text_file({"collected_ns": handle.clock()}))
+    replace_file(handle.backend, POLICY_COLLECTED, encode_text_file({"collected_ns": handle.clock()}))
 
 
 def _collected_ns(backend: Backend) -> int:
@@ -176,17 +177,6 @@ def _collected_ns(backend: Backend) -> int:
         return int(text_field(fields, "collected_ns", int, name=POLICY_COLLECTED))
     except (DamageError, NotFoundError):
         return 0
-
-
-def _replace(backend: Backend, name: str, new: bytes | None) -> bool:
-    """Put a file in the place of what is there; whether anything was."""
-    while True:  # until nobody changes it between the look and the write
-        try:
-            old: bytes | None = backend.read(name, max_bytes=TEXT_FILE_BYTES_MAX)
-        except NotFoundError:
-            old = None
-        if (old is None and new is None) or backend.compare_and_swap(name, expected=old, new=new):
-            return old is not None
 
 
 # ---- after saves -----------------------------------------------------------------------------------------------
