@@ -6,7 +6,11 @@
  *     split(raw, base or None, planes, kept or None, width, mode, alpha) -> number of elements kept
  *     merge(planes, kept or None, base or None, out, width, mode, alpha)
  *
- *     count(row, counts)                                   counts: 256 uint32, how often each byte occurs in row
+ *     sample(raw, base or None, width, mode, alpha, windows, window_bytes, grouped, table)
+ *         -> (information, distinct, kept, zeros)          what entropy coding can make of the planes: entropy.py
+ *
+ *     ratio(raw, base, windows, window_bytes, items_max) -> (median, usable)
+ *                                                          of new to old float32, and of how many: entropy.py
  *
  *     derive(master, out, rule)                            float32 rounded to 16 bits, by the rules of rounding.py
  *
@@ -372,39 +376,163 @@ done:
     return result;
 }
 
-/* Four tables, so that a run of equal bytes does not wait for its own last store. */
-static void count_all(const uint8_t *row, Py_ssize_t length, uint32_t *counts)
+/* Windows spread evenly over a buffer, each starting on an element; a short buffer is one window. */
+struct windows {
+    Py_ssize_t count, bytes, step;
+};
+
+static struct windows spread(Py_ssize_t length, int width, Py_ssize_t count, Py_ssize_t bytes)
 {
-    uint32_t tables[4][256];
-    Py_ssize_t i = 0;
-    memset(tables, 0, sizeof tables);
-    for (; i + 4 <= length; i += 4) {
-        tables[0][row[i]]++;
-        tables[1][row[i + 1]]++;
-        tables[2][row[i + 2]]++;
-        tables[3][row[i + 3]]++;
+    struct windows all = {1, length / width * width, 0};
+    if (length > count * bytes) {
+        all.count = count;
+        all.bytes = bytes;
+        all.step = (length - bytes) / (count - 1) / width * width;
     }
-    for (; i < length; i++) tables[0][row[i]]++;
-    for (int k = 0; k < 256; k++) counts[k] = tables[0][k] + tables[1][k] + tables[2][k] + tables[3][k];
+    return all;
 }
 
-static PyObject *kernel_count(PyObject *module, PyObject *args)
-{
-    Py_buffer row, counts;
-    PyObject *result = NULL;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "y*w*", &row, &counts)) return NULL;
-    if (counts.len != 256 * (Py_ssize_t)sizeof(uint32_t)) {
-        PyErr_SetString(PyExc_ValueError, "counts must hold 256 uint32");
-    } else {
-        Py_BEGIN_ALLOW_THREADS
-        count_all(row.buf, row.len, counts.buf);
-        Py_END_ALLOW_THREADS
-        result = Py_None;
-        Py_INCREF(result);
+#define SAMPLE_BLOCK(W, U)                                                                                             \
+    {                                                                                                                  \
+        U block[BLOCK], other[BLOCK];                                                                                  \
+        predict(from, other, count, W, mode, alpha);                                                                   \
+        transform_##W(raw + at, other, block, count, mode);                                                            \
+        for (Py_ssize_t i = 0; i < count; i++) zeros += block[i] == 0;                                                 \
+        memset(kept, 0, sizeof kept);                                                                                  \
+        if (grouped) count = compact_##W(block, count, kept, 0);                                                       \
+        for (Py_ssize_t i = 0; i < count; i++)                                                                         \
+            for (int k = 0; k < W; k++) tables[k][block[i] >> (8 * k) & 255]++;                                        \
     }
-    PyBuffer_Release(&row);
-    PyBuffer_Release(&counts);
+
+/* table[n] is n log2 n in fixed point: sums of integers are the same in any order, so the twin agrees to the last bit. */
+static void sample_all(const uint8_t *raw, const uint8_t *base, struct windows windows, int width, int mode, float alpha,
+                       int grouped, const int64_t *table, int64_t results[4])
+{
+    uint32_t tables[8][256];
+    uint8_t kept[BLOCK / GROUP / 8];
+    Py_ssize_t sampled = 0, zeros = 0;
+    int64_t information = 0, distinct = 0;
+    memset(tables, 0, width * sizeof tables[0]);
+    for (Py_ssize_t window = 0; window < windows.count; window++) {
+        Py_ssize_t end = window * windows.step + windows.bytes;
+        for (Py_ssize_t at = window * windows.step; at < end; at += BLOCK * width) {
+            Py_ssize_t count = (end - at) / width < BLOCK ? (end - at) / width : BLOCK;
+            const uint8_t *from = base ? base + at : NULL;
+            if (width == 1) SAMPLE_BLOCK(1, uint8_t)
+            else if (width == 2) SAMPLE_BLOCK(2, uint16_t)
+            else if (width == 4) SAMPLE_BLOCK(4, uint32_t)
+            else SAMPLE_BLOCK(8, uint64_t)
+            sampled += count;
+        }
+    }
+    for (int k = 0; k < width && sampled; k++) {
+        information += table[sampled];
+        for (int value = 0; value < 256; value++) {
+            information -= table[tables[k][value]];
+            distinct += tables[k][value] != 0;
+        }
+    }
+    results[0] = information;
+    results[1] = distinct;
+    results[2] = sampled;
+    results[3] = zeros;
+}
+
+static PyObject *kernel_sample(PyObject *module, PyObject *args)
+{
+    Py_buffer raw, base, table;
+    PyObject *base_object, *result = NULL;
+    int width, mode, grouped;
+    float alpha;
+    Py_ssize_t count, bytes;
+    int64_t found[4];
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*Oiifnnpy*", &raw, &base_object, &width, &mode, &alpha, &count, &bytes, &grouped, &table))
+        return NULL;
+    base.obj = NULL;
+    if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
+    if (count < 2 || bytes < 1 || bytes % (GROUP * width) != 0) {
+        PyErr_SetString(PyExc_ValueError, "a sample needs two windows, each of whole groups of elements");
+        goto done;
+    }
+    struct windows windows = spread(raw.len, width, count, bytes);
+    if (table.len < (windows.count * windows.bytes / width + 1) * (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_SetString(PyExc_ValueError, "the table is shorter than the sample");
+        goto done;
+    }
+    if (get_optional(base_object, &base, PyBUF_SIMPLE, raw.len / width * width) < 0) goto done;
+    Py_BEGIN_ALLOW_THREADS
+    sample_all(raw.buf, base.obj ? base.buf : NULL, windows, width, mode, alpha, grouped, table.buf, found);
+    Py_END_ALLOW_THREADS
+    result = Py_BuildValue("(LLLL)", (long long)found[0], (long long)found[1], (long long)found[2], (long long)found[3]);
+done:
+    release(&base);
+    PyBuffer_Release(&raw);
+    PyBuffer_Release(&table);
+    return result;
+}
+
+/* The element that sorting would put at `rank` (Hoare's selection). */
+static float selected(float *values, Py_ssize_t count, Py_ssize_t rank)
+{
+    Py_ssize_t low = 0, high = count - 1;
+    while (low < high) {
+        float pivot = values[low + (high - low) / 2];
+        Py_ssize_t i = low, j = high;
+        while (i <= j) {
+            while (values[i] < pivot) i++;
+            while (values[j] > pivot) j--;
+            if (i <= j) {
+                float swapped = values[i];
+                values[i++] = values[j];
+                values[j--] = swapped;
+            }
+        }
+        if (rank <= j) high = j;
+        else if (rank >= i) low = i;
+        else break;
+    }
+    return values[rank];
+}
+
+#define RATIOS_MAX 4096
+
+/* Both are finite, and the old one is far from zero and from the subnormals. */
+#define IS_USABLE(x, y) (((x) >> 23 & 255) < 255 && ((y) >> 23 & 255) - 28 < 227)
+
+static PyObject *kernel_ratio(PyObject *module, PyObject *args)
+{
+    Py_buffer raw, base;
+    PyObject *result = NULL;
+    Py_ssize_t count, bytes, items_max, usable = 0;
+    float ratios[RATIOS_MAX], found = 0;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*nnn", &raw, &base, &count, &bytes, &items_max)) return NULL;
+    if (count < 2 || bytes < 4 || bytes % 4 || items_max < 1 || items_max > RATIOS_MAX || base.len < raw.len) {
+        PyErr_SetString(PyExc_ValueError, "a ratio needs two windows of float32, and a base as long as the elements");
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    struct windows windows = spread(raw.len, 4, count, bytes);
+    Py_ssize_t items = windows.count * windows.bytes / 4, per_window = windows.bytes / 4;
+    Py_ssize_t step = (items + items_max - 1) / items_max;
+    for (Py_ssize_t item = 0; item < items; item += step) {
+        Py_ssize_t at = item / per_window * windows.step + item % per_window * 4;
+        uint32_t now, old;
+        float x, y;
+        memcpy(&now, (const uint8_t *)raw.buf + at, 4);
+        memcpy(&old, (const uint8_t *)base.buf + at, 4);
+        if (!IS_USABLE(now, old)) continue;
+        memcpy(&x, &now, 4);
+        memcpy(&y, &old, 4);
+        ratios[usable++] = x / y;
+    }
+    if (usable) found = selected(ratios, usable, (usable - 1) / 2);
+    Py_END_ALLOW_THREADS
+    result = Py_BuildValue("(fn)", found, usable);
+done:
+    PyBuffer_Release(&raw);
+    PyBuffer_Release(&base);
     return result;
 }
 
@@ -481,7 +609,9 @@ static PyMethodDef methods[] = {
     {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
     {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha): planes to elements"},
     {"derive", kernel_derive, METH_VARARGS, "derive(master, out, rule): float32 rounded to 16 bits"},
-    {"count", kernel_count, METH_VARARGS, "count(row, counts): how often each byte occurs"},
+    {"sample", kernel_sample, METH_VARARGS,
+     "sample(raw, base, width, mode, alpha, windows, window_bytes, grouped, table): what entropy coding can make of it"},
+    {"ratio", kernel_ratio, METH_VARARGS, "ratio(raw, base, windows, window_bytes, items_max): median of new to old floats"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -20,5 +20,17 @@ def merge(
     alpha: float,
     /,
 ) -> None: ...
-def count(row: Buffer, counts: Buffer, /) -> None: ...
+def sample(
+    raw: Buffer,
+    base: Buffer | None,
+    width: int,
+    mode: int,
+    alpha: float,
+    windows: int,
+    window_bytes: int,
+    grouped: bool,
+    table: Buffer,
+    /,
+) -> tuple[int, int, int, int]: ...
+def ratio(raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]: ...
 def derive(master: Buffer, out: Buffer, rule: int, /) -> None: ...

@@ -32,12 +32,11 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import numpy.typing as npt
 import zstandard
 
 from castore.codec import transform
 from castore.codec.base import Elements
-from castore.codec.entropy import order0_shares
+from castore.codec.entropy import Spread, estimate
 from castore.codec.transform import Bytes, Mode, Planes
 from castore.codec.zstd_frame import ThreadContexts, decompressed
 from castore.errors import CodecError
@@ -52,7 +51,7 @@ KEEP_SHARE_MAX = 0.98
 
 SAMPLE_BYTES_MIN = 16 * 1024
 """Planes up to this long are tried as they are; of longer ones a sample decides first."""
-_SAMPLE_WINDOWS, _SAMPLE_WINDOW_BYTES = 8, 512
+_SPREAD = Spread(8, 512)
 _SAMPLE_SHARE_MAX = 0.985
 """Order-0 entropy of the sample (bits / 8) above which a plane is taken to be noise."""
 
@@ -113,11 +112,7 @@ def encode_planes(
     `thorough` searches long for the shortest planes; any reader decodes them.
     """
     width = len(planes.array)
-    noise = looks_random(planes.array)
-    methods, bodies = zip(
-        *(_encode_plane(planes.array[index], is_noise=bool(noise[index]), thorough=thorough) for index in range(width)),
-        strict=True,
-    )
+    methods, bodies = zip(*(_encode_plane(plane, thorough=thorough) for plane in planes.array), strict=True)
     tail = memoryview(raw)[len(raw) // width * width :]
     kept = planes.kept or b""
     total = _HEAD.size + width * _PLANE.size + len(kept) + sum(map(len, bodies)) + len(tail)
@@ -128,9 +123,9 @@ def encode_planes(
     return b"".join((_HEAD.pack(width, mode, flags, alpha), *heads, kept, *bodies, tail))
 
 
-def _encode_plane(plane: Bytes, *, is_noise: bool, thorough: bool) -> tuple[int, Buffer]:
+def _encode_plane(plane: Bytes, *, thorough: bool) -> tuple[int, Buffer]:
     view = plane.data
-    if len(plane) == 0 or is_noise:
+    if len(plane) == 0 or looks_random(plane):
         return METHOD_RAW, view
     if plane[0] == plane[-1] and not np.any(plane != plane[0]):
         return METHOD_CONSTANT, bytes(view[:1])
@@ -140,14 +135,11 @@ def _encode_plane(plane: Bytes, *, is_noise: bool, thorough: bool) -> tuple[int,
     return (METHOD_ZSTD, encoded) if len(encoded) < KEEP_SHARE_MAX * len(view) else (METHOD_RAW, view)
 
 
-def looks_random(planes: Bytes) -> npt.NDArray[np.bool_]:
-    """For each plane, whether a sample of it has no order-0 redundancy worth coding; never for short planes."""
-    length = planes.shape[1]
-    if length < SAMPLE_BYTES_MIN:
-        return np.zeros(len(planes), np.bool_)
-    step = (length - _SAMPLE_WINDOW_BYTES) // (_SAMPLE_WINDOWS - 1)
-    windows = [planes[:, at * step : at * step + _SAMPLE_WINDOW_BYTES] for at in range(_SAMPLE_WINDOWS)]
-    return order0_shares(np.concatenate(windows, axis=1)) > _SAMPLE_SHARE_MAX
+def looks_random(plane: Bytes) -> bool:
+    """Whether a sample of a plane has no order-0 redundancy worth coding; never for short planes."""
+    if len(plane) < SAMPLE_BYTES_MIN:
+        return False
+    return estimate(plane.data, 1, _SPREAD, mode=Mode.PLAIN, grouped=False).share > _SAMPLE_SHARE_MAX
 
 
 def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None) -> None:

@@ -13,17 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from castore.codec import transform
 from castore.codec.base import Elements
 from castore.codec.byte_planes import decode_planes, encode_planes
-from castore.codec.entropy import order0_shares
+from castore.codec.entropy import Spread, estimate, median_ratio
 from castore.codec.transform import ALPHA_MAX, ALPHA_MIN, Mode
 from castore.ids import Buffer
 
-_WINDOWS, _WINDOW_BYTES = 8, 2048
+_SPREAD = Spread(8, 2048)
 """The sample: 8 places spread over the chunk, 16 KiB in all (1.6 % of a chunk)."""
 _RATIO_ITEMS = 1024
 _XOR_EQUAL_SHARE_MIN = 0.05
@@ -46,18 +43,19 @@ class Choice:
 def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
     """The best mode for a chunk that has a base of the same length; ROTATE or PLAIN means: by itself."""
     width = elements.item_bytes
-    sample, other = _sample(raw, width), _sample(base, width)
     alone = Mode.ROTATE if elements.is_float else Mode.PLAIN
-    best = Choice(alone, 1.0, _share(sample, None, width, alone) / _PREFER_SELF)
-    candidates = [(Mode.DIFFERENCE, 1.0)]
-    if np.count_nonzero(sample == other) >= _XOR_EQUAL_SHARE_MIN * len(sample):
-        candidates.append((Mode.XOR, 1.0))
-    if width == 4 and elements.is_float and (alpha := _decay(sample, other)) is not None:
-        candidates.append((Mode.SCALED, alpha))
-    for mode, alpha in candidates:
-        share = _share(sample, other, width, mode, alpha) * (_PREFER_UNSCALED if mode is Mode.SCALED else 1)
+    best = Choice(alone, 1.0, estimate(raw, width, _SPREAD, mode=alone).share / _PREFER_SELF)
+    difference = estimate(raw, width, _SPREAD, mode=Mode.DIFFERENCE, base=base)
+    if difference.share < best.share:
+        best = Choice(Mode.DIFFERENCE, 1.0, difference.share)
+    if difference.zero_share >= _XOR_EQUAL_SHARE_MIN:
+        share = estimate(raw, width, _SPREAD, mode=Mode.XOR, base=base).share
         if share < best.share:
-            best = Choice(mode, alpha, share)
+            best = Choice(Mode.XOR, 1.0, share)
+    if width == 4 and elements.is_float and (alpha := _decay(raw, base)) is not None:
+        share = estimate(raw, width, _SPREAD, mode=Mode.SCALED, base=base, alpha=alpha).share * _PREFER_UNSCALED
+        if share < best.share:
+            best = Choice(Mode.SCALED, alpha, share)
     return best
 
 
@@ -74,38 +72,9 @@ def decode_delta(stored: memoryview, out: memoryview, base: Buffer) -> None:
     decode_planes(stored, out, base=base)
 
 
-def _sample(data: Buffer, width: int) -> npt.NDArray[np.uint8]:
-    """Windows spread evenly, each starting on an element."""
-    array = np.frombuffer(data, np.uint8)
-    if len(array) <= _WINDOWS * _WINDOW_BYTES:
-        return array[: len(array) // width * width]
-    step = (len(array) - _WINDOW_BYTES) // (_WINDOWS - 1) // width * width
-    return np.concatenate([array[at * step : at * step + _WINDOW_BYTES] for at in range(_WINDOWS)])
-
-
-def _share(
-    sample: npt.NDArray[np.uint8],
-    other: npt.NDArray[np.uint8] | None,
-    width: int,
-    mode: Mode,
-    alpha: float = 1.0,
-) -> float:
-    """Estimated share of the raw bytes: order-0 entropy (Shannon) of each plane of the elements that are kept."""
-    base = other.data if other is not None else None
-    planes = transform.split(sample.data, width, mode=mode, base=base, alpha=alpha).array
-    kept = planes.shape[1]
-    share = float(np.mean(order0_shares(planes)))
-    return share * float(kept) / max(1, len(sample) // width)
-
-
-def _decay(sample: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float | None:
+def _decay(raw: Buffer, base: Buffer) -> float | None:
     """The median ratio of new to old floats, if it can serve as a factor: untouched values decay by one ratio."""
-    new, old = sample.view(np.float32), other.view(np.float32)
-    step = max(1, len(new) // _RATIO_ITEMS)
-    new, old = new[::step], old[::step]
-    usable = np.isfinite(new) & np.isfinite(old) & (np.abs(old) > np.float32(1e-30))
-    if np.count_nonzero(usable) < _RATIO_ITEMS // 16:
+    ratio, usable = median_ratio(raw, base, _SPREAD, items_max=_RATIO_ITEMS)
+    if usable < _RATIO_ITEMS // 16:
         return None
-    with np.errstate(over="ignore", under="ignore"):
-        ratio = float(np.median(new[usable] / old[usable]))
     return ratio if ALPHA_MIN <= ratio <= ALPHA_MAX and ratio != 1.0 else None

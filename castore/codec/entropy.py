@@ -3,38 +3,79 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from castore.codec.transform import kernel
+from castore.codec import transform
+from castore.codec.transform import Mode
+from castore.ids import Buffer
 
-SAMPLE_BYTES_MAX = 32 * 1024
-"""Longest row of a sample."""
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A sample: so many windows of so many bytes, spread evenly. Of a shorter buffer, all of it."""
+
+    windows: int
+    window_bytes: int
+    """A multiple of GROUP_ITEMS elements."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Length of the sample of a long buffer."""
+        return self.windows * self.window_bytes
 
 
-def order0_shares(rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """Order-0 entropy (Shannon) of each row as a share of 8 bits, with the Miller-Madow correction for samples.
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What byte planes of a buffer would come to."""
 
-    Rows have at most SAMPLE_BYTES_MAX bytes and lie in C order.
+    share: float
+    """Order-0 entropy (Shannon) of all planes, with the Miller-Madow correction for samples, as a share of the raw
+    bytes."""
+    zero_share: float
+    """Elements that are zero after the change that the mode names: those equal to their base."""
+
+
+def estimate(
+    raw: Buffer,
+    width: int,
+    spread: Spread,
+    *,
+    mode: Mode,
+    base: Buffer | None = None,
+    alpha: float = 1.0,
+    grouped: bool = True,
+) -> Estimate:
+    """What planes of elements changed by `mode` would come to; groups of zeros are left out where `grouped`."""
+    items = min(len(raw), spread.total_bytes) // width
+    if items == 0:
+        return Estimate(0.0, 0.0)
+    information, distinct, kept, zeros = transform.kernel.sample(
+        raw, base, width, mode, alpha, spread.windows, spread.window_bytes, grouped, _TABLE
+    )
+    correction = (distinct - width) / (2 * math.log(2)) if kept else 0.0
+    return Estimate((information / _UNIT + correction) / (8 * width * items), zeros / items)
+
+
+def median_ratio(raw: Buffer, base: Buffer, spread: Spread, *, items_max: int) -> tuple[float, int]:
+    """The lower median of new to old float32 in at most `items_max` elements of a sample, and of how many: those whose
+    old value is not near zero.
     """
-    row_count, length = rows.shape
-    if length == 0:
-        return np.zeros(row_count)
-    counts = np.empty((row_count, 256), np.uint32)
-    for row, row_counts in zip(rows, counts, strict=True):
-        kernel.count(row.data, row_counts.data)
-    bits = length * math.log2(length) - _X_LOG_X[counts].sum(axis=1)
-    correction = (np.count_nonzero(counts, axis=1) - 1) / (2 * math.log(2))
-    shares: npt.NDArray[np.float64] = (bits + correction) / (8 * length)
-    return shares
+    return transform.kernel.ratio(raw, base, spread.windows, spread.window_bytes, items_max)
 
 
-def _table() -> npt.NDArray[np.float64]:
-    counts = np.arange(SAMPLE_BYTES_MAX + 1, dtype=np.float64)
+SAMPLE_ITEMS_MAX = 32 * 1024
+_UNIT = 1 << 16
+
+
+def _table() -> npt.NDArray[np.int64]:
+    counts = np.arange(SAMPLE_ITEMS_MAX + 1, dtype=np.float64)
     counts[1:] *= np.log2(counts[1:])
-    return counts
+    return np.rint(counts * _UNIT).astype(np.int64)
 
 
-_X_LOG_X = _table()
-"""n log2 n for every count that a sample can have: the entropy of N bytes is N log2 N - sum of n log2 n, in bits."""
+_TABLE = _table().data
+"""n log2 n for every count that a sample can have: the information of N bytes is N log2 N - sum of n log2 n, in bits.
+In fixed point, so that sums do not depend on their order."""

@@ -79,8 +79,26 @@ class Kernel(Protocol):
         """Planes to elements."""
         ...
 
-    def count(self, row: Buffer, counts: Buffer, /) -> None:
-        """How often each byte occurs in a row: 256 uint32."""
+    def sample(
+        self,
+        raw: Buffer,
+        base: Buffer | None,
+        width: int,
+        mode: int,
+        alpha: float,
+        windows: int,
+        window_bytes: int,
+        grouped: bool,
+        table: Buffer,
+        /,
+    ) -> tuple[int, int, int, int]:
+        """What `split` would make of a sample: order-0 information of all planes in units of `table` (n log2 n as
+        int64), different bytes of all planes, elements that are kept, elements that are zero.
+        """
+        ...
+
+    def ratio(self, raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]:
+        """Lower median of new to old float32 in a sample, 0 without any, and of how many."""
         ...
 
     def derive(self, master: Buffer, out: Buffer, rule: int, /) -> None:
@@ -155,6 +173,30 @@ def kept_count(kept: Buffer, items: int) -> int:
     return count - (GROUP_ITEMS - tail) if tail and bits[-1] else count
 
 
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Where a sample is taken: windows spread evenly, each starting on an element; a short buffer is one window."""
+
+    count: int
+    bytes: int
+    step: int
+
+    @staticmethod
+    def over(length: int, width: int, count: int, window_bytes: int) -> _Windows:
+        if length <= count * window_bytes:
+            return _Windows(1, length // width * width, 0)
+        return _Windows(count, window_bytes, (length - window_bytes) // (count - 1) // width * width)
+
+    def of(self, data: Buffer) -> Bytes:
+        """The sample."""
+        array = np.frombuffer(data, np.uint8)
+        return np.concatenate([array[at * self.step : at * self.step + self.bytes] for at in range(self.count)])
+
+
+_RATIO_EXPONENT_MIN = 28
+"""Old values whose exponent field is below are too near to zero for a ratio: 2^-99."""
+
+
 class NumpyKernel:
     """The same transform with numpy."""
 
@@ -226,9 +268,50 @@ class NumpyKernel:
             np.bitwise_xor(words, sign, out=words)
             np.add(words, _prediction(base, width, items, mode, alpha), out=words)
 
-    def count(self, row: Buffer, counts: Buffer, /) -> None:
+    def sample(
+        self,
+        raw: Buffer,
+        base: Buffer | None,
+        width: int,
+        mode: int,
+        alpha: float,
+        windows: int,
+        window_bytes: int,
+        grouped: bool,
+        table: Buffer,
+        /,
+    ) -> tuple[int, int, int, int]:
         """See Kernel."""
-        np.frombuffer(counts, np.uint32)[:] = np.bincount(np.frombuffer(row, np.uint8), minlength=256)
+        spread = _Windows.over(len(raw), width, windows, window_bytes)
+        new = spread.of(raw)
+        old = spread.of(base) if base is not None else None
+        items = len(new) // width
+        planes, kept = np.empty(width * items, np.uint8), bytearray(kept_bytes(items))
+        count = self.split(new.data, old.data if old is not None else None, planes.data, None, width, mode, alpha)
+        zeros = int(np.count_nonzero(~planes.reshape(width, items).any(axis=0)))
+        if grouped:
+            count = self.split(new.data, old.data if old is not None else None, planes.data, kept, width, mode, alpha)
+        if count == 0:
+            return 0, 0, 0, zeros
+        weights = np.frombuffer(table, np.int64)
+        counts = [np.bincount(row[:count], minlength=256) for row in planes.reshape(width, items)]
+        information = sum(int(weights[count] - weights[row].sum()) for row in counts)
+        return information, sum(int(np.count_nonzero(row)) for row in counts), count, zeros
+
+    def ratio(self, raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]:
+        """See Kernel."""
+        spread = _Windows.over(len(raw), 4, windows, window_bytes)
+        new, old = spread.of(raw).view(np.float32), spread.of(base).view(np.float32)
+        step = max(1, -(-len(new) // items_max))
+        new, old = new[::step], old[::step]
+        exponents = old.view(np.uint32) >> 23 & 255
+        usable = np.isfinite(new) & (exponents >= _RATIO_EXPONENT_MIN) & (exponents < 255)
+        with np.errstate(over="ignore", under="ignore"):
+            ratios = new[usable] / old[usable]
+        if len(ratios) == 0:
+            return 0.0, 0
+        rank = (len(ratios) - 1) // 2
+        return float(np.partition(ratios, rank)[rank]), len(ratios)
 
     def derive(self, master: Buffer, out: Buffer, rule: int, /) -> None:
         """See Kernel."""

@@ -16,7 +16,6 @@ from castore.codec.byte_planes import (
     BytePlanes,
     looks_random,
 )
-from castore.codec.entropy import order0_shares
 from castore.errors import CodecError
 from tests.suites.codec_suite import CodecSuite, build, decoded
 from tests.suites.golden import assert_golden
@@ -152,11 +151,9 @@ def test_noise_is_not_made_longer() -> None:
 def test_the_sample_tells_noise_from_what_shrinks() -> None:
     rng = np.random.default_rng(4)
     noise = rng.integers(0, 256, 1 << 20, np.uint8)
-    assert looks_random(noise[None]).all()
-    assert not looks_random(noise[None, :1000]).any(), "short planes are simply tried"
-    assert not looks_random(rng.integers(0, 200, (1, 1 << 20), np.uint8)).any()
-    rows = np.stack([np.zeros(25_600, np.uint8), np.repeat(np.arange(256, dtype=np.uint8), 100)])
-    assert order0_shares(rows) == pytest.approx([0, 1], abs=0.001)
+    assert looks_random(noise)
+    assert not looks_random(noise[:1000]), "short planes are simply tried"
+    assert not looks_random(rng.integers(0, 200, 1 << 20, np.uint8))
 
 
 def test_encoding_is_the_same_with_the_compiled_and_the_numpy_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
