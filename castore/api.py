@@ -767,7 +767,7 @@ class Repository:
         from castore.checkpoint.save import save_flat
 
         def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
-            snapshot = save_flat(self._handle, staged.flat, request, progress=progress, staged=True)
+            snapshot = save_flat(self._handle, staged.flat, request, progress=progress)
             self._apply_policy_when_due(snapshot)
             return self._bound(snapshot)
 
@@ -869,9 +869,8 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
     """Open a repository; with `create=True` make one with default options when there is none.
 
     `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
-    what is not there is read from the repository, which costs a save about half as much processor time again. By
-    default `save` keeps none, so that a save takes no memory worth speaking of, and `save_async`, which copies the
-    state anyway, up to a quarter of the available memory.
+    what is not there is read from the repository, which costs a save about a third as much processor time again. By
+    default it is a quarter of the available memory; with 0 a save takes no memory worth speaking of.
 
     Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
     """

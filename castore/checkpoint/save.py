@@ -57,14 +57,8 @@ def save(handle: Handle, state: Any, request: SaveRequest, *, progress: Progress
     return save_flat(handle, flatten(state, allow_pickle=request.allow_pickle), request, progress=progress)
 
 
-def save_flat(
-    handle: Handle, flat: FlatState, request: SaveRequest, *, progress: Progress | None, staged: bool = False
-) -> Snapshot:
-    """Save a flat state, live or staged; `request` has been checked. Else as `save`.
-
-    Bases are kept in memory for staged states, whose owner has agreed to a copy of the state in host memory, and
-    otherwise only within a budget that was given.
-    """
+def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress: Progress | None) -> Snapshot:
+    """Save a flat state, live or staged; `request` has been checked. Else as `save`."""
     handle.config.check_features("write", where=handle.backend.location)
     now_ns = handle.clock()
     lease_s = handle.config.options.lease_s
@@ -74,7 +68,7 @@ def save_flat(
             check_tag_free(handle.backend, tag)
         raw_bytes = sum(payload.raw_bytes for payload in flat.payloads if payload)
         meter = Meter(progress, 2 * raw_bytes, beat=lease.beat)
-        handle.bases.set_budget(0 if handle.base_memory_bytes is None and not staged else handle.base_memory_bytes)
+        handle.bases.set_budget(handle.base_memory_bytes)
         hashed = hash_state(flat, handle.hasher, progress=meter.advance)
         session = WriteSession(handle, now_ns)
         try:

@@ -179,7 +179,10 @@ class WriteSession:
         ]
 
     def _base_source(self, base: Base, raw_bytes: int) -> BaseSource:
-        """A base from memory, else from the repository, and from then on in memory."""
+        """A base from memory, else from the repository.
+
+        One that is read is kept where the chunk that rests on it will be too deep to be the next reference itself.
+        """
         store, memory = self.handle.store, self._memory
 
         def read() -> Buffer:
@@ -191,7 +194,8 @@ class WriteSession:
                 return kept
             out = memoryview(_scratch.buffer)[:raw_bytes]
             store.read_into(base.chunk_id, base.rests_on[:1], out)
-            memory.put(base.chunk_id, out)
+            if base.depth + 1 >= DELTA_DEPTH_MAX:
+                memory.put(base.chunk_id, out)
             return out
 
         return BaseSource(base.chunk_id, base.depth, read)

@@ -311,13 +311,13 @@ def test_a_save_that_fails_leaves_no_pin() -> None:
     assert held(repo) == 0
 
 
-def test_a_plain_save_keeps_no_copies() -> None:
+@pytest.mark.parametrize("way", ["save", "save_async"])
+def test_bases_are_kept_by_default(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", 2**32)
     repo = create_on(MemoryBackend())
     for step in range(3):
-        repo.save(drifted(step))
-        assert held(repo) == 0
-    repo.save_async(drifted(3)).result(60)
-    assert held(repo) == 3 * GRID_BYTES
+        repo.save(drifted(step)) if way == "save" else repo.save_async(drifted(step)).result(60)
+        assert held(repo) == (3 * GRID_BYTES if step else 0)
 
 
 def test_closing_gives_the_memory_back() -> None:
