@@ -71,11 +71,21 @@ class Coded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pending:
+class _Job:
     chunk_id: ChunkId
     kind: RecordKind
     raw_bytes: int
-    coded: Future[Coded | None]
+    encode: Callable[[], Coded | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    jobs: Sequence[_Job]
+    coded: Future[list[Coded | None]]
+
+
+_BATCH_BYTES = 256 * 1024
+"""Smaller chunks are handed to a thread together: handing over costs as much as encoding one."""
 
 
 class ChunkWriter:
@@ -99,6 +109,8 @@ class ChunkWriter:
         self._now_ns = now_ns
         self._keep_base = keep_base
         self._pool: ThreadPoolExecutor | None = None
+        self._batch: list[_Job] = []
+        self._batch_bytes = 0
         self._pending: deque[_Pending] = deque()
         self._pack: PackWriter | None = None
         self._sealed: list[SealedPack] = []
@@ -128,21 +140,25 @@ class ChunkWriter:
         """Schedule one chunk whose encoding is the caller's: `encode` is called from another thread and proves what it
         gives; with None nothing is written. Blocks while the queue is full.
         """
+        self._batch.append(_Job(chunk_id, kind, raw_bytes, encode))
+        self._batch_bytes += raw_bytes
+        if self._batch_bytes >= _BATCH_BYTES:
+            self._submit_batch()
+
+    def _submit_batch(self) -> None:
+        """Have the batch encoded in a thread; in this one when the interpreter is shutting down and starts no more."""
         while len(self._pending) >= ENCODE_AHEAD_CHUNKS:
             self._append_next()
+        jobs, self._batch, self._batch_bytes = self._batch, [], 0
         if self._pool is None:
             self._pool = ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-encode")
-        self._pending.append(_Pending(chunk_id, kind, raw_bytes, self._submit(encode)))
-
-    def _submit(self, encode: Callable[[], Coded | None]) -> Future[Coded | None]:
-        """Encode in a thread; in this one when the interpreter is shutting down and starts no more threads."""
-        assert self._pool is not None
+        coded: Future[list[Coded | None]]
         try:
-            return self._pool.submit(encode)
+            coded = self._pool.submit(_encode_all, jobs)
         except RuntimeError:
-            done: Future[Coded | None] = Future()
-            done.set_result(encode())
-            return done
+            coded = Future()
+            coded.set_result(_encode_all(jobs))
+        self._pending.append(_Pending(jobs, coded))
 
     def put_bytes(self, chunk_id: ChunkId, raw: bytes, *, kind: RecordKind, elements: Elements) -> None:
         """Schedule a chunk that is already in memory."""
@@ -168,6 +184,7 @@ class ChunkWriter:
         for pending in self._pending:
             pending.coded.cancel()
         self._pending.clear()
+        self._batch.clear()
         self._stop_pool()
         if self._pack is not None:
             self._pack.abort()
@@ -207,26 +224,30 @@ class ChunkWriter:
         return coded
 
     def _append_all(self) -> None:
+        if self._batch:
+            self._submit_batch()
         while self._pending:
             self._append_next()
 
     def _append_next(self) -> None:
         pending = self._pending.popleft()
-        coded = pending.coded.result()
-        if coded is None:
-            return
+        for job, coded in zip(pending.jobs, pending.coded.result(), strict=True):
+            if coded is not None:
+                self._append(job, coded)
+
+    def _append(self, job: _Job, coded: Coded) -> None:
         self._open_pack().append(
-            pending.chunk_id,
+            job.chunk_id,
             coded.encoded.payload,
-            kind=pending.kind,
-            raw_bytes=pending.raw_bytes,
+            kind=job.kind,
+            raw_bytes=job.raw_bytes,
             chain=coded.encoded.chain,
             base_ids=coded.base_ids,
             depth=coded.depth,
         )
-        self._depths[pending.chunk_id] = coded.depth
+        self._depths[job.chunk_id] = coded.depth
         if not coded.encoded.chain:
-            self._prove_raw(pending.chunk_id, coded.encoded.payload)
+            self._prove_raw(job.chunk_id, coded.encoded.payload)
         self._rotate()
 
     def _prove_raw(self, chunk_id: ChunkId, raw: Buffer) -> None:
@@ -257,3 +278,7 @@ class ChunkWriter:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+
+
+def _encode_all(jobs: Sequence[_Job]) -> list[Coded | None]:
+    return [job.encode() for job in jobs]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,8 +15,9 @@ from castore.ids import ChunkId
 from castore.options import GRID_BYTES
 from castore.store import ChunkStore, Locations
 
-_BATCH_JOBS = 4
-"""Chunks that one thread takes at a time: neighbours in a pack, few enough that the threads finish together."""
+_BATCH_BYTES, _BATCH_JOBS_MAX = 4 * GRID_BYTES, 64
+"""What one thread takes at a time: neighbours in a pack, little enough that the threads finish together. Handing over
+costs as much as a small chunk, so those go together."""
 
 
 class Destination(Protocol):
@@ -74,13 +75,13 @@ def fetch_all(
     Raises the first error, with the leaf's path in front; jobs not yet begun are dropped.
     """
     ordered = sorted(jobs, key=_place)
-    starts = range(0, len(ordered), _BATCH_JOBS)
+    batches = list(_batches(ordered))
     read_ahead = ReadAhead(store, [job.locations for job in ordered])
     failed = threading.Event()
 
-    def run(start: int) -> None:
-        read_ahead.reach(start)
-        for job in ordered[start : start + _BATCH_JOBS]:
+    def run(batch: range) -> None:
+        read_ahead.reach(batch.start)
+        for job in ordered[batch.start : batch.stop]:
             if failed.is_set():
                 return
             try:
@@ -91,13 +92,26 @@ def fetch_all(
                 raise
             progress(job.chunk_bytes)
 
-    if len(starts) <= 1 or worker_count() == 1:
-        for start in starts:
-            run(start)
+    if len(batches) <= 1 or worker_count() == 1:
+        for batch in batches:
+            run(batch)
         return
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-read") as pool:
-        for future in [pool.submit(run, start) for start in starts]:
+        futures = [pool.submit(run, batch) for batch in batches]
+        wait(futures)  # sleeping once: a wake-up for each takes the interpreter from those that decode
+        for future in futures:
             future.result()
+
+
+def _batches(jobs: Sequence[FetchJob]) -> Iterator[range]:
+    start, batch_bytes = 0, 0
+    for index, job in enumerate(jobs):
+        batch_bytes += job.chunk_bytes
+        if batch_bytes >= _BATCH_BYTES or index + 1 - start == _BATCH_JOBS_MAX:
+            yield range(start, index + 1)
+            start, batch_bytes = index + 1, 0
+    if start < len(jobs):
+        yield range(start, len(jobs))
 
 
 def _place(job: FetchJob) -> tuple[str, int]:

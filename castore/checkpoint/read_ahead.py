@@ -11,6 +11,8 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 
 from castore.backend.base import ReadAheadReader
 from castore.errors import CastoreError
@@ -45,10 +47,11 @@ class ReadAhead:
                 self._fetch(self._store.note_bases(window))
 
     def _fetch(self, locations: Iterable[Location]) -> None:
-        for pack_id, start, stop in spans(locations):
+        for pack_id, pieces in groupby(spans(locations), key=itemgetter(0)):
             reader = self._store.open_pack(pack_id)
-            if isinstance(reader, ReadAheadReader):
-                reader.will_need(start, stop - start)
+            if isinstance(reader, ReadAheadReader):  # asked once for each pack: it takes longer than the call
+                for _, start, stop in pieces:
+                    reader.will_need(start, stop - start)
 
 
 def spans(locations: Iterable[Location]) -> Iterator[tuple[PackId, int, int]]:

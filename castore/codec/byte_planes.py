@@ -60,6 +60,7 @@ _THOROUGH_LEVEL = 19
 the stored bytes on real runs, at a hundredth of the speed."""
 
 _GROUPED = 1
+_MODES = {mode.value: mode for mode in Mode}
 
 
 def _tuned_compressor() -> zstandard.ZstdCompressor:
@@ -176,10 +177,10 @@ def _decode_head(stored: memoryview) -> tuple[int, Mode, bool, float]:
     if len(stored) < _HEAD.size:
         raise CodecError(f"planes: expected a head of {_HEAD.size} bytes, found {len(stored)}")
     width, number, flags, alpha = _HEAD.unpack_from(stored)
-    valid = width in transform.WIDTHS and number <= max(Mode) and flags & ~_GROUPED == 0
-    if not valid or len(stored) < _HEAD.size + width * _PLANE.size:
+    mode = _MODES.get(number)
+    valid = width in transform.WIDTHS and flags & ~_GROUPED == 0
+    if mode is None or not valid or len(stored) < _HEAD.size + width * _PLANE.size:
         raise CodecError(f"planes: width {width}, mode {number}, flags {flags} in {len(stored)} bytes cannot be")
-    mode = Mode(number)
     if mode is Mode.SCALED and not (width == 4 and transform.ALPHA_MIN <= alpha <= transform.ALPHA_MAX):
         raise CodecError(f"planes: a factor of {alpha} for elements of {width} bytes cannot be")
     return width, mode, bool(flags & _GROUPED), alpha

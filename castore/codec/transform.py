@@ -167,10 +167,11 @@ def merge(
 
 def kept_count(kept: Buffer, items: int) -> int:
     """How many of `items` elements lie in kept groups."""
-    bits = np.unpackbits(np.frombuffer(kept, np.uint8), bitorder="little", count=-(-items // GROUP_ITEMS))
-    count = int(bits.sum()) * GROUP_ITEMS
+    groups = -(-items // GROUP_ITEMS)
+    bits = int.from_bytes(kept, "little") & (1 << groups) - 1
+    count = bits.bit_count() * GROUP_ITEMS
     tail = items % GROUP_ITEMS
-    return count - (GROUP_ITEMS - tail) if tail and bits[-1] else count
+    return count - (GROUP_ITEMS - tail) if tail and bits >> groups - 1 else count
 
 
 @dataclass(frozen=True, slots=True)
