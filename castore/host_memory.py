@@ -56,8 +56,11 @@ class BufferPool:
         """Copy at most one chunk. `release` the copy after use."""
         if len(raw) < SLOT_BYTES_MIN:
             return HostCopy(memoryview(bytes(raw)), None)
+        import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
+
         copy = self.take(len(raw))
-        copy.view[:] = raw
+        # numpy lets other threads run while it copies, a memoryview does not.
+        np.copyto(np.frombuffer(copy.view, np.uint8), np.frombuffer(raw, np.uint8))
         return copy
 
     def take(self, length: int) -> HostCopy:
