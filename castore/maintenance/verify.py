@@ -31,6 +31,7 @@ from castore.format.layout import (
     TAGS,
     check_ref_name,
     decode_ref_name,
+    pack_name,
     parse_pack_name,
     parse_snapshot_name,
 )
@@ -186,14 +187,15 @@ def examine(
         )
         count = None
         if data:
-            _remember(handle, set(pack_ids) - survey.damaged_packs, survey.damaged_packs, pack_ids)
+            _remember(handle, set(pack_ids), survey, pack_ids)
     else:
         begun_s = time.monotonic()
 
         def more() -> bool:
             return max_duration_s is None or time.monotonic() - begun_s < max_duration_s
 
-        plan = plan_scrub(sizes, load_memory(handle.backend), now_ns=handle.clock(), max_age_s=max_age_s)
+        memory = load_memory(handle.backend)
+        plan = plan_scrub(sizes, memory, now_ns=handle.clock(), max_age_s=max_age_s)
         meter = Meter(progress, sum(sizes[pack_id] for pack_id in plan.order))
         scrubbed = scrub(handle, plan.order, findings, more=more, advance=lambda pack: meter.advance(sizes[pack]))
         survey = check_packs(
@@ -201,7 +203,8 @@ def examine(
         )
         survey.checked_bytes = scrubbed.checked_bytes
         survey.damaged_packs |= scrubbed.damaged
-        memory = _remember(handle, scrubbed.whole, scrubbed.damaged, pack_ids)
+        _tell_known_damage(memory, set(pack_ids) - scrubbed.whole - survey.suspect_packs, findings)
+        memory = _remember(handle, scrubbed.whole | scrubbed.damaged, survey, pack_ids)
         count = count_scrubbed(plan, scrubbed, memory)
     snapshots = {snapshot_id: record.part_ids for snapshot_id, record in records.items()}
     report_losses(
@@ -223,10 +226,20 @@ def examine(
     )
 
 
-def _remember(
-    handle: Handle, whole: Collection[PackId], damaged: Collection[PackId], pack_ids: Collection[PackId]
-) -> Memory:
+def _remember(handle: Handle, read: Collection[PackId], survey: Survey, pack_ids: Collection[PackId]) -> Memory:
+    suspect = survey.suspect_packs
+    whole, damaged = set(read) - suspect, set(read) & suspect
     return remember(handle.backend, whole=whole, damaged=damaged, there=set(pack_ids), now_ns=handle.clock())
+
+
+def _tell_known_damage(memory: Memory, unread: Collection[PackId], findings: Findings) -> None:
+    """A run that does not come to a damaged pack must not look as if all were well."""
+    for pack_id in sorted(unread):
+        if pack_id in memory and memory[pack_id].was_damaged:
+            advice = "`castore verify --data` says what"
+            findings.problem(
+                "pack", pack_name(pack_id), f"an earlier run found damage that this one did not reach; {advice}"
+            )
 
 
 def _leave_marks(handle: Handle, survey: Survey) -> None:
@@ -243,9 +256,9 @@ def _leave_marks(handle: Handle, survey: Survey) -> None:
 
 
 def _note_losses(found: Examination) -> None:
-    lost = dict(found.findings.lost)
+    told = dict(found.findings.lost).keys() | dict(found.findings.damaged).keys()
     for snapshot_id in found.losses:
-        if snapshot_id not in lost and snapshot_id not in dict(found.findings.damaged):
+        if snapshot_id not in told:
             gone = snapshot_id not in found.records
             state = "is gone" if gone else "is whole, as far as was checked"
             found.findings.note(f"lost/{snapshot_id} says that leaves are lost, and the snapshot {state}")

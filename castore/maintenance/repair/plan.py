@@ -26,7 +26,6 @@ from castore.format.layout import (
     is_condemned_name,
     pack_name,
     parse_lost_name,
-    parse_pack_name,
     snapshot_name,
 )
 from castore.format.pack import RecordKind
@@ -181,7 +180,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
     snapshots, restores = _unreadable_snapshots(handle, found, left)
     left += [problem.message for problem in found.findings.problems if problem.kind == "snapshot" and problem.leaves]
     set_aside = [*snapshots, *_unreadable_condemned(handle)]
-    gone = {PackId(salvage.pack_id) for salvage in salvages}
+    gone = {salvage.pack_id for salvage in salvages}
     return RepairPlan(
         tuple(salvages),
         tuple(set_aside),
@@ -214,13 +213,8 @@ def _check_formats(handle: Handle, found: Examination) -> None:
 
 
 def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[Salvage]:
-    damaged = set(found.survey.damaged_packs)
-    for fault in found.survey.faults:
-        pack_id = parse_pack_name(fault.name)
-        if pack_id is not None and fault.base_ids and found.survey.depths.keys() >= set(fault.base_ids):
-            damaged.add(pack_id)  # its bases are there and cannot serve: it is the record that is wrong
     salvages = []
-    for pack_id in sorted(damaged):
+    for pack_id in sorted(found.survey.suspect_packs):
         name = pack_name(pack_id)
         problems = [problem.message for problem in found.findings.problems if problem.where == name]
         reason = problems[0] if problems else "damaged"
