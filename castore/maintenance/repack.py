@@ -30,6 +30,7 @@ from castore.losses import read_losses
 from castore.maintenance.parts import PartReader
 from castore.marks import read_thinning
 from castore.pack.writer import SealedPack
+from castore.progress import Meter
 from castore.repository import Handle
 from castore.roots import live_roots
 from castore.snapshots import read_record
@@ -101,7 +102,8 @@ def repack(
     if level == "usual" and not flatten:
         raise UsageError("nothing to do: ask for flatten, or for level max, or both")
     handle.config.check_features("write", where=handle.backend.location)
-    with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock()):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock(), lease_s=lease_s) as lease:
         handle.store.refresh()
         wanted, doubtful = _chunks_of(handle, _live_snapshots(handle) if snapshots is None else snapshots)
         # Condemned packs may be read as long as they stand; whether new records may rest on them is checked at the end.
@@ -115,7 +117,8 @@ def repack(
         plan = plan_repack(wanted, resting, flatten=flatten, thorough=level == "max")
         if dry_run:
             return _report(plan, (), dry_run=True)
-        sealed = _Repack(handle, thorough=level == "max", flatten=flatten, progress=progress).execute(plan)
+        work = _Repack(handle, thorough=level == "max", flatten=flatten, progress=progress, beat=lease.beat)
+        sealed = work.execute(plan)
     return _report(plan, sealed, dry_run=False)
 
 
@@ -139,11 +142,14 @@ def plan_repack(
 class _Repack:
     """Carries a plan out."""
 
-    def __init__(self, handle: Handle, *, thorough: bool, flatten: bool, progress: Progress | None) -> None:
+    def __init__(
+        self, handle: Handle, *, thorough: bool, flatten: bool, progress: Progress | None, beat: Callable[[], None]
+    ) -> None:
         self._handle = handle
         self._thorough = thorough
         self._flatten = flatten
         self._progress = progress
+        self._beat = beat
 
     def execute(self, plan: Sequence[Rewrite]) -> list[SealedPack]:
         """Write, durably, then check; the packs."""
@@ -167,14 +173,12 @@ class _Repack:
             compression="auto",
             now_ns=handle.clock(),
         )
-        total_bytes, done_bytes = sum(rewrite.raw_bytes for rewrite in plan), 0
+        meter = Meter(self._progress, sum(rewrite.raw_bytes for rewrite in plan), beat=self._beat)
         try:
             for rewrite in plan:
                 encode = partial(self._encode, rewrite, flatten=flatten)
                 writer.put_coded(rewrite.chunk_id, encode, raw_bytes=rewrite.raw_bytes, kind=RecordKind.LEAF)
-                done_bytes += rewrite.raw_bytes
-                if self._progress is not None:
-                    self._progress(done_bytes, total_bytes)
+                meter.advance(rewrite.raw_bytes)
             sealed = writer.finish()
         except BaseException:
             writer.abort()

@@ -18,6 +18,7 @@ from castore.format.pack import Row
 from castore.ids import ChunkId
 from castore.leases import list_leases
 from castore.maintenance.repack import elements_of
+from castore.options import RepositoryOptions
 from castore.repository import Handle
 from castore.store import Locations, preference
 from tests.checkpoint.damage import damage_leaf
@@ -353,3 +354,13 @@ def test_what_is_collected_meanwhile_is_passed_over() -> None:
     assert Repository(backend.location, handle).repack([snapshots[-1].id], flatten=True).rewritten_count == 0
     assert times >= 2
     assert not packs_of(repo)
+
+
+def test_a_long_repack_gives_signs_of_life_by_the_lease_length_of_the_repository() -> None:
+    repo = create_on(MemoryBackend(), RepositoryOptions(lease_s=1e-6))
+    for step in range(3):
+        repo.save(state(step))
+    seen: list[bytes] = []
+    repo.repack(flatten=True, progress=lambda *_: seen.extend(lease.data for lease in list_leases(repo.handle.backend)))
+    assert len(seen) > 1
+    assert len(set(seen)) == len(seen)

@@ -274,6 +274,29 @@ def test_no_collector_works_beside_a_repair(repo: Repository) -> None:
     repo.repair()
 
 
+def test_a_long_repair_gives_signs_of_life_to_other_hosts() -> None:
+    """A collector of another host took it for dead, and may delete the new copies of what repair then moves away."""
+    hooked = HookedBackend(MemoryBackend())
+    repo = create_on(hooked, RepositoryOptions(lease_s=1e-6))
+    repo.save(training_state(1), step=1)
+    damage_leaf(repo, "main", FROZEN)
+
+    def signs() -> tuple[bytes, ...]:
+        return tuple(claim.data for prefix in ("gc/", "leases/") for claim in hooked.inner.claims(prefix))
+
+    examined: list[tuple[bytes, ...]] = []
+    seen: dict[str, tuple[bytes, ...]] = {}
+    hooked.hook = lambda operation, name: seen.update({f"{operation} {name.rpartition('/')[2]}": signs()})
+    report = repo.repair(progress=lambda *_: examined.append(signs()))
+    assert len(examined) > 5
+    for claim in zip(*examined, strict=True):
+        assert len(set(claim)) == len(examined)
+    (pack_id,) = report.new_packs
+    copying, copied = seen[f"create_stream {pack_id}.pack"], seen["put_if_absent why"]
+    assert len(copied) == 2
+    assert not set(copying) & set(copied)
+
+
 def test_gc_goes_on_after_a_repair(repo: Repository) -> None:
     state = {"group": {f"leaf {number}": np.full(100, number) for number in range(600)}}
     saved = repo.save(state, branch="wide")

@@ -32,13 +32,15 @@ from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAs
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw, RepositorySource
 from castore.maintenance.restoring import restoring_handle
-from castore.maintenance.verify import examine
+from castore.maintenance.verify import Examination, examine
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, encode_ref
 from castore.repository import Handle
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of the packs that are examined."""
+Beat = Callable[[], None]
+"""A sign of life for other hosts, at every step of long work."""
 
 _ROUNDS_MAX = 3
 """A healed manifest part names chunks that nobody could know of; a healed id list more of them; then all is known."""
@@ -115,15 +117,15 @@ def _parity_of(handle: Handle) -> Iterator[Sequence[ChunkSource]]:
 
 def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, progress: Progress | None) -> RepairReport:
     handle.config.check_features("write", "gc", where=handle.backend.location)  # it takes files out of the way
-    with _alone(handle):
+    with _alone(handle) as beat:
         done = _Done()
-        first = plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
-        _execute(handle, plan, sources, done)
+        first = plan = plan_repair(handle, _examined(handle, beat, progress), sources, beat=beat)
+        _execute(handle, plan, sources, done, beat)
         for _ in range(_ROUNDS_MAX - 1):
             if not plan.heals and not plan.restores:
                 break
-            plan = plan_repair(handle, examine(handle, data=True), sources)
-            _execute(handle, plan, sources, done)
+            plan = plan_repair(handle, _examined(handle, beat), sources, beat=beat)
+            _execute(handle, plan, sources, done, beat)
         if fix_refs:
             for offer in plan.refs:
                 _fix_ref(handle, offer, done)
@@ -131,12 +133,28 @@ def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, prog
 
 
 @contextmanager
-def _alone(handle: Handle) -> Iterator[None]:
-    """A writer lease, and the claim of a collector: until the end nobody else collects."""
-    backend, now_ns = handle.backend, handle.clock()
-    watch = Watch(lease_s=handle.config.options.lease_s)
-    with collector_claim(backend, watch, now_ns=now_ns), writer_lease(backend, purpose="repair", now_ns=now_ns):
-        yield
+def _alone(handle: Handle) -> Iterator[Beat]:
+    """A writer lease, and the claim of a collector: until the end nobody else collects. Yields their sign of life."""
+    backend, now_ns, lease_s = handle.backend, handle.clock(), handle.config.options.lease_s
+    with (
+        collector_claim(backend, Watch(lease_s=lease_s), now_ns=now_ns) as claim,
+        writer_lease(backend, purpose="repair", now_ns=now_ns, lease_s=lease_s) as lease,
+    ):
+
+        def beat() -> None:
+            claim.beat()
+            lease.beat()
+
+        yield beat
+
+
+def _examined(handle: Handle, beat: Beat, progress: Progress | None = None) -> Examination:
+    def shown(done: int, total: int) -> None:
+        beat()
+        if progress is not None:
+            progress(done, total)
+
+    return examine(handle, data=True, progress=shown)
 
 
 class _Done:
@@ -155,12 +173,12 @@ def _report(first: RepairPlan, last: RepairPlan, done: _Done, *, acted: bool) ->
     return RepairReport(first, acted, done.quarantine, new_packs, done.healed_count, losses, done.moved_refs)
 
 
-def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done) -> None:
+def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done, beat: Beat) -> None:
     _check_space(handle, plan)
-    _heal(handle, plan, sources, done)
+    _heal(handle, plan, sources, done, beat)
     aside = list(plan.set_aside)
     for salvage in plan.salvages:
-        sealed = write_salvage(handle, salvage)
+        sealed = write_salvage(handle, salvage, beat=beat)
         if sealed is not None:
             handle.store.add({sealed.pack_id: sealed.rows})
             done.new_packs.append(sealed.pack_id)
@@ -195,7 +213,7 @@ def _check_space(handle: Handle, plan: RepairPlan) -> None:
         )
 
 
-def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done) -> None:
+def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done, beat: Beat) -> None:
     """Write chunks again, each by itself."""
     if not plan.heals:
         return
@@ -211,6 +229,7 @@ def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done
     )
     try:
         for heal in plan.heals:
+            beat()
             if heal.chunk_id in readers:
                 raw = bytes(readers[heal.chunk_id]())
                 writer.put_bytes(heal.chunk_id, raw, kind=heal.kind, elements=_HEALED)

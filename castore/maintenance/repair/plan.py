@@ -10,7 +10,7 @@ the index              → build it again
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,17 +163,20 @@ class RepairPlan:
         }
 
 
-def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSource]) -> RepairPlan:
-    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data.
+def plan_repair(
+    handle: Handle, found: Examination, sources: Sequence[ChunkSource], *, beat: Callable[[], None] = lambda: None
+) -> RepairPlan:
+    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data; `beat`
+    is called at every step of long work.
 
     Raises UnsupportedFormatError when a pack is of a newer castore: what rests on it would look damaged.
     """
     _check_formats(handle, found)
     left: list[str] = []
-    salvages = _plan_salvages(handle, found, left)
+    salvages = _plan_salvages(handle, found, left, beat)
     available = set(found.survey.depths)
     available.update(row.chunk_id for salvage in salvages for row in salvage.verified)
-    heals = _plan_heals(found, available, sources)
+    heals = _plan_heals(found, available, sources, beat)
     available.update(heal.chunk_id for heal in heals)
     _revive(found, salvages, available)
     losses = _losses(handle, found, available)
@@ -212,14 +215,14 @@ def _check_formats(handle: Handle, found: Examination) -> None:
                 reader.close()
 
 
-def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[Salvage]:
+def _plan_salvages(handle: Handle, found: Examination, left: list[str], beat: Callable[[], None]) -> list[Salvage]:
     salvages = []
     for pack_id in sorted(found.survey.suspect_packs):
         name = pack_name(pack_id)
         problems = [problem.message for problem in found.findings.problems if problem.where == name]
         reason = problems[0] if problems else "damaged"
         try:
-            salvage = plan_salvage(handle, pack_id, reason, there=found.survey.depths.keys())
+            salvage = plan_salvage(handle, pack_id, reason, there=found.survey.depths.keys(), beat=beat)
         except UnsupportedFormatError as error:
             left.append(f"{name}: {error}: it needs a newer castore, which is no damage")
         except CastoreError as error:
@@ -229,7 +232,9 @@ def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[
     return salvages
 
 
-def _plan_heals(found: Examination, available: Collection[ChunkId], sources: Sequence[ChunkSource]) -> list[Heal]:
+def _plan_heals(
+    found: Examination, available: Collection[ChunkId], sources: Sequence[ChunkSource], beat: Callable[[], None]
+) -> list[Heal]:
     """Whatever the sources have of the chunks that snapshots need, and of bases that differences rest on."""
     needed = found.needs.lengths.keys() - set(available)
     bases = {base_id for fault in found.survey.faults for base_id in fault.base_ids} - set(available)
@@ -238,7 +243,7 @@ def _plan_heals(found: Examination, available: Collection[ChunkId], sources: Seq
     for number, source in enumerate(sources):
         if not wanted:
             break
-        for chunk_id in sorted(source.find(wanted)):
+        for chunk_id in sorted(source.find(wanted, beat=beat)):
             wanted.discard(chunk_id)
             heals.append(Heal(chunk_id, _kind_of(found, chunk_id), number))
     return heals

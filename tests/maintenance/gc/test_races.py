@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -281,6 +282,21 @@ def test_two_collectors_exclude_each_other_and_the_second_hears_of_the_first() -
         gc(open_on(backend))
     claim.release()
     assert gc(open_on(backend)).snapshots
+
+
+def test_a_long_collection_gives_signs_of_life_to_collectors_of_other_hosts() -> None:
+    backend, _ = doomed()
+    repo = open_on(backend)
+    options = replace(repo.options, lease_s=1e-6)
+    repo.handle.config = replace(repo.handle.config, options=options)
+    seen: list[bytes] = []
+
+    def look(*_: object) -> None:
+        seen.extend(claim.data for claim in backend.claims("gc/") if claim.name.endswith(".collector"))
+
+    repo.gc(progress=look)
+    assert len(seen) > 5
+    assert len(set(seen)) == len(seen)
 
 
 def test_the_claim_of_a_dead_collector_is_removed() -> None:
