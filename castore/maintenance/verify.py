@@ -64,7 +64,7 @@ from castore.repository import Handle
 from castore.snapshots import read_record
 from castore.store import list_packs
 
-__all__ = ["Examination", "Problem", "VerifyReport", "examine", "verify"]
+__all__ = ["Examination", "Problem", "VerifyReport", "examine", "settled", "verify"]
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of pack files."""
@@ -114,7 +114,7 @@ def verify(
     again what is in them. Looks again when packs went while it looked, as they do beside a collection. Raises only what
     is no damage: StorageError when the repository's directory itself cannot be listed, UsageError.
     """
-    found = _settled(
+    found = settled(
         handle,
         lambda: examine(handle, data=data, max_duration_s=max_duration_s, max_age_s=max_age_s, progress=progress),
     )
@@ -138,7 +138,7 @@ def verify(
     )
 
 
-def _settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
+def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
     """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone."""
     looks = 0
     while True:

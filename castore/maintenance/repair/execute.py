@@ -32,7 +32,7 @@ from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAs
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw, RepositorySource
 from castore.maintenance.restoring import restoring_handle
-from castore.maintenance.verify import Examination, examine
+from castore.maintenance.verify import Examination, examine, settled
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.refs import Ref, encode_ref
 from castore.repository import Handle
@@ -97,7 +97,9 @@ def repair(
     with _parity_of(handle) as parity:
         sources = (*parity, *sources)
         if dry_run:
-            plan = plan_repair(handle, examine(handle, data=True, progress=progress), sources)
+            # Collectors may be at work now, as they cannot when it acts.
+            found = settled(handle, lambda: examine(handle, data=True, progress=progress))
+            plan = plan_repair(handle, found, sources)
             return _report(plan, plan, _Done(), acted=False)
         return _act(handle, sources, fix_refs=fix_refs, progress=progress)
 

@@ -19,6 +19,7 @@ from castore.format.layout import new_collector_name, snapshot_name
 from castore.ids import SnapshotId
 from castore.leases import claim_text, condemned_packs, writer_lease
 from castore.maintenance.gc.report import GcReport
+from castore.maintenance.repair.plan import RepairPlan
 from castore.marks import forgotten_ids
 from castore.options import RepositoryOptions
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, files_of, open_on, packs_of
@@ -329,6 +330,20 @@ def test_a_collector_that_sleeps_while_another_does_all_of_its_work_does_no_harm
         check_whole(open_on(own), {saved[0]: drifting(9), saved[1]: drifting(0), ids[2]: drifting(2)})
         gc(open_on(own), repack_below=1)
         check_whole(open_on(own), {saved[0]: drifting(9), saved[1]: drifting(0), ids[2]: drifting(2)})
+
+
+def test_a_collection_in_the_middle_of_a_dry_run_of_repair_is_no_loss() -> None:
+    backend, _ = doomed()
+
+    def plan(repo: Repository) -> RepairPlan:
+        return repo.repair(dry_run=True).plan
+
+    for number in range(0, count_calls(backend, plan), 5):
+        own = copied(backend)
+        hook = at_call(number, lambda own=own: collect_rewriting(open_on(own)))
+        found = plan(open_on(HookedBackend(own, hook)))
+        assert found.is_empty, number
+        assert not found.losses
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------
