@@ -154,6 +154,7 @@ class RepairPlan:
                 for loss in self.losses
             },
             "healed": list(self.healed),
+            "stale_marks": list(self.stale_marks),
             "refs": [
                 {"file": ref.file_name, "name": ref.name, "reason": ref.reason, "offered": ref.offered}
                 for ref in self.refs
