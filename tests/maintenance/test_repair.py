@@ -13,6 +13,7 @@ from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.errors import CastoreError, DamageError, LeaseError, LostLeavesError, NoSpaceError
 from castore.format.layout import new_collector_name, pack_name, snapshot_name
+from castore.format.textfile import decode_text_file
 from castore.leases import claim_text
 from castore.losses import make_loss, read_loss, write_loss
 from castore.maintenance.repair.execute import repair
@@ -88,6 +89,36 @@ def test_nothing_is_deleted_and_the_reason_is_written_down(repo: Repository) -> 
     assert files[report.quarantine + pack_name(pack_id)] == damaged
     assert b"checksum" in files[report.quarantine + "why"]
     assert pack_name(pack_id) not in files
+
+
+def test_of_marks_and_refs_too_it_is_written_down_why_they_moved(repo: Repository) -> None:
+    """The reasons stood there of packs and snapshots only."""
+    _, before = (snapshot.id for snapshot in repo.log())
+    repo.forget(ids=[before])
+    replace_file(repo.handle.backend, f"forgotten/{before}", b"torn mark")
+    reopened(repo).repair()
+    replace_file(repo.handle.backend, "refs/branches/main", b"torn ref")
+    reopened(repo).repair(fix_refs=True)
+    moved = {name.split("/", 2)[2]: data for name, data in files_of(repo.handle.backend, "quarantine/").items()}
+    assert moved[f"forgotten/{before}"] == b"torn mark"
+    assert moved["refs/branches/main"] == b"torn ref"
+    files = files_of(repo.handle.backend)
+    told = [name for name in files if name.endswith("/why")]
+    why = [reason for name in told for reason in decode_text_file(files[name], name=name)["files"].items()]
+    assert {name for name, _ in why} == {f"forgotten/{before}", "refs/branches/main"}
+    assert all("JSON line" in reason for _, reason in why)
+
+
+def test_the_reasons_of_hundreds_of_files_are_all_written_down(repo: Repository) -> None:
+    """They ended at the five hundredth."""
+    names = [f"thin/{number:032x}" for number in range(520)]
+    for name in names:
+        repo.handle.backend.put_if_absent(name, b"torn")
+    report = repo.repair()
+    files = files_of(repo.handle.backend, f"{report.quarantine}why")
+    told = {told for name, data in files.items() for told in decode_text_file(data, name=name)["files"]}
+    assert told == set(names)
+    assert len(files) == 6
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(repo: Repository) -> None:

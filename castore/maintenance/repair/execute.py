@@ -46,6 +46,9 @@ _ROUNDS_MAX = 3
 """A healed manifest part names chunks that nobody could know of; a healed id list more of them; then all is known."""
 _KEPT_BYTES_MAX = 64 * TEXT_FILE_BYTES_MAX
 """Of a ref or mark: whatever lies there is kept, were it not what it claims to be."""
+_WHY_FILES_MAX = 100
+_REASON_CHARS_MAX = 1000
+"""So many reasons in one `why`: were every character escaped, it stays below the limit of a text file."""
 _HEALED = Elements(4, is_float=True)
 """The element type of a lost chunk is not known here, and nearly all state is fp32."""
 
@@ -58,7 +61,8 @@ class RepairReport:
     """Of the first round; of a dry run, all there is."""
     acted: bool
     quarantine: str
-    """The folder that took what was damaged, a name within the repository; empty when nothing had to move."""
+    """The folder that took what was damaged, a name within the repository; empty when nothing had to move. The first of
+    several, when what was healed showed more damage, or refs were moved."""
     new_packs: tuple[PackId, ...]
     healed_count: int
     """Chunks that were written again."""
@@ -129,8 +133,7 @@ def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, prog
             plan = plan_repair(handle, _examined(handle, beat), sources, beat=beat)
             _execute(handle, plan, sources, done, beat)
         if fix_refs:
-            for offer in plan.refs:
-                _fix_ref(handle, offer, done)
+            _fix_refs(handle, plan.refs, done)
     return _report(first, plan, done, acted=True)
 
 
@@ -186,14 +189,16 @@ def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], d
             done.new_packs.append(sealed.pack_id)
         aside.append(SetAside(pack_name(salvage.pack_id), salvage.reason))
     restored = [_rebuilt(handle, file) for file in plan.restores]
+    folder = _open_quarantine(handle, (*aside, *plan.unmarked), done)
+    for file in aside:
+        handle.backend.move(file.name, folder + file.name)
     if aside:
-        _quarantine(handle, aside, done)
         handle.store.refresh()
     for rebuilt in restored:
         if rebuilt is not None:
             handle.backend.put_if_absent(snapshot_name(rebuilt[0]), rebuilt[1])
     for mark in plan.unmarked:
-        _replace_file(handle, mark.name, None, done)
+        _replace_file(handle, mark.name, None, folder)
     for loss in plan.new_losses:
         write_loss(handle.backend, loss)
     for snapshot_id in plan.healed:
@@ -249,34 +254,36 @@ def _rebuilt(handle: Handle, restore: Restore) -> tuple[SnapshotId, bytes] | Non
     return rebuild_snapshot(data, handle.hasher, named=restore.named)
 
 
-def _quarantine(handle: Handle, aside: Sequence[SetAside], done: _Done) -> None:
-    """Move files out of the way; what for is written down first."""
+def _open_quarantine(handle: Handle, files: Sequence[SetAside], done: _Done) -> str:
+    """A folder for these files, where it is written down what for before anything moves there."""
     folder = new_quarantine()  # one for each round: no name can be taken
-    why = {file.name: file.reason[:1000] for file in aside[:500]}
-    handle.backend.put_if_absent(f"{folder}why", encode_text_file({"time_ns": handle.clock(), "files": why}))
-    for file in aside:
-        handle.backend.move(file.name, folder + file.name)
-    done.quarantine = done.quarantine or folder
+    for number, start in enumerate(range(0, len(files), _WHY_FILES_MAX), start=1):
+        why = {file.name: file.reason[:_REASON_CHARS_MAX] for file in files[start : start + _WHY_FILES_MAX]}
+        name = f"{folder}why" if number == 1 else f"{folder}why-{number}"
+        handle.backend.put_if_absent(name, encode_text_file({"time_ns": handle.clock(), "files": why}))
+    if files:
+        done.quarantine = done.quarantine or folder
+    return folder
 
 
-def _fix_ref(handle: Handle, offer: RefOffer, done: _Done) -> None:
-    """Point a branch to what is offered; take a tag away."""
-    if offer.is_branch and offer.offered is None:
-        return
-    new = None
-    if offer.offered is not None:
-        new = encode_ref(Ref(offer.name, offer.offered, handle.clock()))
-    if _replace_file(handle, offer.file_name, new, done):
-        done.moved_refs[offer.file_name] = offer.offered
+def _fix_refs(handle: Handle, offers: Sequence[RefOffer], done: _Done) -> None:
+    """Point branches to what is offered; take tags away."""
+    fixed = [offer for offer in offers if offer.offered is not None or not offer.is_branch]
+    folder = _open_quarantine(handle, [SetAside(offer.file_name, offer.reason) for offer in fixed], done)
+    for offer in fixed:
+        new = None
+        if offer.offered is not None:
+            new = encode_ref(Ref(offer.name, offer.offered, handle.clock()))
+        if _replace_file(handle, offer.file_name, new, folder):
+            done.moved_refs[offer.file_name] = offer.offered
 
 
-def _replace_file(handle: Handle, name: str, new: bytes | None, done: _Done) -> bool:
+def _replace_file(handle: Handle, name: str, new: bytes | None, folder: str) -> bool:
     """Replace or remove a file that moves by compare-and-swap, and keep a copy; whether it was still there."""
     backend = handle.backend
     try:
         old = backend.read(name, max_bytes=_KEPT_BYTES_MAX)
     except NotFoundError:
         return False
-    done.quarantine = done.quarantine or new_quarantine()
-    backend.put_if_absent(done.quarantine + name, old)
+    backend.put_if_absent(folder + name, old)
     return backend.compare_and_swap(name, expected=old, new=new)
