@@ -277,6 +277,14 @@ def test_refs_that_point_at_nothing_are_reported_with_an_offer(repo: Repository)
     assert reopened(repo).verify(data=True).ok
 
 
+def test_the_handle_that_moved_a_branch_goes_on_from_there(repo: Repository) -> None:
+    """Its next save was refused: the branch was not where it had saved it."""
+    head, before = (snapshot.id for snapshot in repo.log())
+    replace_file(repo.handle.backend, snapshot_name(head), b"rubbish")
+    repo.repair(fix_refs=True)
+    assert repo.save(training_state(3), step=3).parents == (before,)
+
+
 def test_a_record_whose_base_was_collected_after_a_heal_is_a_note(repo: Repository) -> None:
     """It was a problem, although nothing that anybody needs is missing."""
     path = "model/drifting"

@@ -276,6 +276,8 @@ def _fix_refs(handle: Handle, offers: Sequence[RefOffer], done: _Done) -> None:
             new = encode_ref(Ref(offer.name, offer.offered, handle.clock()))
         if _replace_file(handle, offer.file_name, new, folder):
             done.moved_refs[offer.file_name] = offer.offered
+            if offer.is_branch:
+                handle.note_head(offer.name, offer.offered)  # the next save of this handle goes on from there
 
 
 def _replace_file(handle: Handle, name: str, new: bytes | None, folder: str) -> bool:
