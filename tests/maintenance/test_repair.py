@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,14 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.errors import CastoreError, DamageError, LeaseError, LostLeavesError, NoSpaceError
+from castore.errors import CastoreError, ChecksumError, DamageError, LeaseError, LostLeavesError, NoSpaceError
 from castore.format.layout import new_collector_name, pack_name, snapshot_name
 from castore.format.textfile import decode_text_file
+from castore.ids import ChunkId
 from castore.leases import claim_text
 from castore.losses import make_loss, read_loss, write_loss
 from castore.maintenance.repair.execute import repair
+from castore.maintenance.repair.sources import MappedSource, ReadRaw
 from castore.options import RepositoryOptions
 from tests.checkpoint.damage import damage_leaf, flip_bit, places_of, replace_file, rows_of
 from tests.checkpoint.repositories import HookedBackend, copied, create_on, files_of, open_on, packs_of
@@ -216,6 +220,43 @@ def test_the_state_of_a_checkpoint_file_heals_manifests_too(repo: Repository) ->
     assert not report.losses
     for step in (1, 2):
         assert_same(fresh.load(f"main@{step}"), training_state(step))
+
+
+class OtherBytes(MappedSource):
+    """A source that is looked through once, and changes after."""
+
+    def __init__(self, chunks: Mapping[ChunkId, ReadRaw], changed: bytes | None = None) -> None:
+        super().__init__("a source", chunks)
+        self.look_count = 0
+        self._changed = changed
+
+    def find(
+        self, wanted: Collection[ChunkId], *, beat: Callable[[], None] = lambda: None
+    ) -> Mapping[ChunkId, ReadRaw]:
+        self.look_count += 1
+        found = super().find(wanted, beat=beat)
+        changed = self._changed
+        return found if changed is None else {chunk_id: lambda: changed for chunk_id in found}
+
+
+def test_a_source_is_looked_through_once_and_hashed_before_it_is_written(repo: Repository) -> None:
+    """It was asked again for every chunk that the plan had from it, and blamed the memory of this machine."""
+    ((_, row),) = places_of(repo, "main", FROZEN)
+    chunks = {row.chunk_id: partial(repo.handle.store.get, row.chunk_id)}
+    raw = bytes(chunks[row.chunk_id]())
+    damage_leaf(repo, "main", FROZEN)
+    reopened(repo).verify(data=True)
+    before = files_of(repo.handle.backend)
+    with pytest.raises(ChecksumError, match=r"a source: expected chunk .* it changed"):
+        repair(reopened(repo).handle, [OtherBytes(chunks, b"else")])
+    assert files_of(repo.handle.backend) == before
+    source = OtherBytes({row.chunk_id: lambda: raw})
+    assert repair(reopened(repo).handle, [source], dry_run=True).plan.heals
+    assert source.look_count == 1
+    source.look_count = 0
+    assert repair(reopened(repo).handle, [source]).healed_count == 1
+    assert source.look_count == 1
+    assert_same(reopened(repo).load(), training_state(2))
 
 
 def test_a_base_that_is_healed_brings_back_what_rests_on_it(repo: Repository) -> None:

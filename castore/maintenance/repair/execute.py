@@ -18,11 +18,11 @@ from typing import Any
 
 from castore.chunk_writer import ChunkWriter
 from castore.codec.base import Elements
-from castore.errors import NoSpaceError, NotFoundError, UnsupportedFormatError
+from castore.errors import ChecksumError, NoSpaceError, NotFoundError, UnsupportedFormatError
 from castore.format.layout import new_quarantine, pack_name, snapshot_name
 from castore.format.snapshot import rebuild_snapshot
 from castore.format.textfile import encode_text_file
-from castore.ids import ChunkId, PackId, SnapshotId
+from castore.ids import PackId, SnapshotId
 from castore.leases import writer_lease
 from castore.losses import delete_loss, write_loss
 from castore.maintenance.gc.claim import collector_claim
@@ -30,7 +30,7 @@ from castore.maintenance.gc.writers import Watch
 from castore.maintenance.parity import parity_sizes
 from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAside, plan_repair
 from castore.maintenance.repair.salvage import write_salvage
-from castore.maintenance.repair.sources import ChunkSource, ReadRaw, RepositorySource
+from castore.maintenance.repair.sources import ChunkSource, RepositorySource
 from castore.maintenance.restoring import restoring_handle
 from castore.maintenance.verify import Examination, examine, settled
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
@@ -126,12 +126,12 @@ def _act(handle: Handle, sources: Sequence[ChunkSource], *, fix_refs: bool, prog
     with _alone(handle) as beat:
         done = _Done()
         first = plan = plan_repair(handle, _examined(handle, beat, progress), sources, beat=beat)
-        _execute(handle, plan, sources, done, beat)
+        _execute(handle, plan, done, beat)
         for _ in range(_ROUNDS_MAX - 1):
             if not plan.heals and not plan.restores:
                 break
             plan = plan_repair(handle, _examined(handle, beat), sources, beat=beat)
-            _execute(handle, plan, sources, done, beat)
+            _execute(handle, plan, done, beat)
         if fix_refs:
             _fix_refs(handle, plan.refs, done)
     return _report(first, plan, done, acted=True)
@@ -178,9 +178,9 @@ def _report(first: RepairPlan, last: RepairPlan, done: _Done, *, acted: bool) ->
     return RepairReport(first, acted, done.quarantine, new_packs, done.healed_count, losses, done.moved_refs)
 
 
-def _execute(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done, beat: Beat) -> None:
+def _execute(handle: Handle, plan: RepairPlan, done: _Done, beat: Beat) -> None:
     _check_space(handle, plan)
-    _heal(handle, plan, sources, done, beat)
+    _heal(handle, plan, done, beat)
     aside = list(plan.set_aside)
     for salvage in plan.salvages:
         sealed = write_salvage(handle, salvage, beat=beat)
@@ -220,13 +220,10 @@ def _check_space(handle: Handle, plan: RepairPlan) -> None:
         )
 
 
-def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done: _Done, beat: Beat) -> None:
+def _heal(handle: Handle, plan: RepairPlan, done: _Done, beat: Beat) -> None:
     """Write chunks again, each by itself."""
     if not plan.heals:
         return
-    readers: dict[ChunkId, ReadRaw] = {}
-    for number, source in enumerate(sources):
-        readers.update(source.find([heal.chunk_id for heal in plan.heals if heal.source == number]))
     writer = ChunkWriter(
         handle.backend,
         handle.hasher,
@@ -237,10 +234,15 @@ def _heal(handle: Handle, plan: RepairPlan, sources: Sequence[ChunkSource], done
     try:
         for heal in plan.heals:
             beat()
-            if heal.chunk_id in readers:
-                raw = bytes(readers[heal.chunk_id]())
-                writer.put_bytes(heal.chunk_id, raw, kind=heal.kind, elements=_HEALED)
-                done.healed_count += 1
+            raw = bytes(heal.read())
+            found = handle.hasher.chunk_id(raw)
+            if found != heal.chunk_id:
+                raise ChecksumError(
+                    f"{plan.source_names[heal.source]}: expected chunk {heal.chunk_id.hex()}, found {found.hex()}: it "
+                    "changed since it was looked through; run the repair again"
+                )
+            writer.put_bytes(heal.chunk_id, raw, kind=heal.kind, elements=_HEALED)
+            done.healed_count += 1
         sealed = writer.finish()
     except BaseException:
         writer.abort()

@@ -35,7 +35,7 @@ from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
 from castore.maintenance.parts import affected_leaves
 from castore.maintenance.repair.salvage import Salvage, plan_salvage
-from castore.maintenance.repair.sources import ChunkSource
+from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import Examination
 from castore.marks import damaged_marks
 from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
@@ -72,6 +72,8 @@ class Heal:
     kind: RecordKind
     source: int
     """Place among the sources."""
+    read: ReadRaw = field(repr=False, compare=False)
+    """Its content, from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,9 +246,9 @@ def _plan_heals(
     for number, source in enumerate(sources):
         if not wanted:
             break
-        for chunk_id in sorted(source.find(wanted, beat=beat)):
+        for chunk_id, read in sorted(source.find(wanted, beat=beat).items()):
             wanted.discard(chunk_id)
-            heals.append(Heal(chunk_id, _kind_of(found, chunk_id), number))
+            heals.append(Heal(chunk_id, _kind_of(found, chunk_id), number, read))
     return heals
 
 
