@@ -42,6 +42,7 @@ def test_yes_acts_and_verify_is_quiet_about_what_is_known(run: Run, store: Path)
     assert not path.exists()
     (moved,) = (store / "quarantine").glob(f"*/packs/*/{path.name}")
     assert moved.is_file()
+    assert any(line.startswith("quarantine, yours to delete: ") for line in run("du").lines)
     verified = run("verify", "--data")
     assert verified.code == 0
     assert "known to be lost, as repairs have found:" in verified.lines
