@@ -19,7 +19,7 @@ from castore.maintenance.parity import (
     stale_parity,
 )
 from castore.pack.reader import read_table
-from tests.checkpoint.damage import replace_file, rows_of
+from tests.checkpoint.damage import flip_bit, replace_file, rows_of
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, create_on, files_of, open_on, packs_of
 from tests.suites.fault_backend import Fault, FaultBackend, SimulatedCrash
 
@@ -141,6 +141,29 @@ def test_damage_of_the_parity_file_itself_is_told(repo) -> None:
     (broken,) = [pack for pack in status.packs if pack.error]
     assert broken.pack_id == pack_id
     assert not broken.can_restore
+
+
+def test_rotten_parity_is_made_anew_unless_its_pack_needs_it(repo) -> None:
+    """It counted as there, so it could only be removed, all of it, and made again."""
+    backend = repo.handle.backend
+    add_parity(repo.handle)
+    made = files_of(backend, "parity/")
+    first, second = sorted(packs_of(repo))
+    torn, rotten = parity_name(first), parity_name(second)
+    replace_file(backend, torn, made[torn][: len(made[torn]) // 2])
+    flip_bit(backend, rotten, len(made[rotten]) // 2)
+    assert add_parity(repo.handle).renewed == (first,)
+    assert add_parity(repo.handle, data=True).renewed == (second,)
+    assert files_of(backend, "parity/") == made
+    again = add_parity(repo.handle, data=True)
+    assert (again.added, again.kept_count) == ((), 2)
+
+    flip_bit(backend, rotten, len(made[rotten]) // 2)
+    row = max(rows_of(repo, second), key=lambda row: row.stored_bytes)
+    flip_bit(backend, pack_name(second), row.offset + 9)
+    report = add_parity(open_on(backend).handle, data=True)
+    assert [pack_id for pack_id, _ in report.refused] == [second]
+    assert not open_on(backend).repair().losses
 
 
 def test_parity_without_its_pack_is_garbage(repo) -> None:
