@@ -6,7 +6,7 @@ has gone: whoever looks for such garbage lists `parity/` first and the packs aft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -266,14 +266,11 @@ def _status(handle: Handle, pack_id: PackId, pack_bytes: int, parity_bytes: int,
         parity_reader.close()
 
 
-def remove_parity(handle: Handle, *, only: Collection[PackId] | None = None) -> tuple[int, int]:
-    """Delete parity files, all or those of some packs; (files, bytes)."""
-    chosen = {
-        pack_id: size_bytes
-        for pack_id, size_bytes in parity_sizes(handle.backend).items()
-        if only is None or pack_id in only
-    }
-    removed = [size for pack_id, size in chosen.items() if handle.backend.delete(parity_name(pack_id))]
+def remove_parity(handle: Handle) -> tuple[int, int]:
+    """Delete all parity files; (files, bytes)."""
+    handle.config.check_features("write", "gc", where=handle.backend.location)
+    found = parity_sizes(handle.backend)
+    removed = [size for pack_id, size in found.items() if handle.backend.delete(parity_name(pack_id))]
     return len(removed), sum(removed)
 
 
