@@ -25,7 +25,7 @@ from castore.ids import PackId
 from castore.pack.reader import read_table
 from castore.parity.build import build_parity, plan_parity
 from castore.parity.code import ErasureCode
-from castore.parity.restore import RestoredPack, find_losses, lost_parity_cells, open_parity, restore_pack
+from castore.parity.restore import find_losses, lost_parity_cells, open_parity
 from castore.repository import Handle
 from castore.store import check_stored, pack_sizes
 
@@ -285,41 +285,6 @@ def stale_parity(backend: Backend) -> dict[PackId, int]:
     covered = parity_sizes(backend)  # before the packs: see the head of this file
     sizes = pack_sizes(backend)
     return {pack_id: size_bytes for pack_id, size_bytes in covered.items() if pack_id not in sizes}
-
-
-def open_restored(handle: Handle, pack_id: PackId, *, name: str | None = None) -> RestoredPack | None:
-    """A pack as it was when its parity was made, to be read in ranges; None where it has no parity.
-
-    `name` is the file that holds what is left of it, the pack's own unless given (it may lie in quarantine, or not be).
-    Close it after use; restored bytes are held in memory. Raises ParityExceededError when more is lost than the parity
-    restores, another DamageError when the parity itself cannot be used, or MissingExtraError.
-    """
-    try:
-        parity_reader = handle.backend.open_reader(parity_name(pack_id))
-    except NotFoundError:
-        return None
-    try:
-        parity = open_parity(parity_reader, pack_id, where=parity_name(pack_id))
-        pack = _open_pack(handle.backend, name or pack_name(pack_id))
-        try:
-            return restore_pack(pack, parity, find_losses(pack, parity), where=parity_name(pack_id))
-        except BaseException:
-            if pack is not None:
-                pack.close()
-            raise
-    finally:
-        parity_reader.close()
-
-
-def recover(handle: Handle, pack_id: PackId, *, name: str | None = None) -> bytes | None:
-    """All bytes of a pack as it was, None where it has no parity. Else as `open_restored`."""
-    restored = open_restored(handle, pack_id, name=name)
-    if restored is None:
-        return None
-    try:
-        return restored.read(0, restored.size_bytes)
-    finally:
-        restored.close()
 
 
 def _open_pack(backend: Backend, name: str) -> RangeReader | None:
