@@ -10,7 +10,6 @@ chunk is then written once more, by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,12 +21,12 @@ from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
 from castore.codec.registry import CONSTANT, DELTA, DERIVED
 from castore.errors import ChunkMissingError, DamageError, NotFoundError, UsageError
-from castore.format.manifest import Entry
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
 from castore.losses import read_losses
 from castore.maintenance.parts import PartReader
+from castore.manifests import elements_of
 from castore.marks import read_thinning
 from castore.pack.writer import SealedPack
 from castore.progress import Meter
@@ -265,20 +264,3 @@ def _chunks_of(handle: Handle, snapshots: Iterable[SnapshotId]) -> tuple[dict[Ch
                 if not is_lossy:
                     certain.update(chunk_ids)
     return found, frozenset(found.keys() - certain)
-
-
-_TORCH_NAME = re.compile(r"(b?float|complex|u?int)(\d+)")
-_NUMPY_NAME = re.compile(r"[<|=]([fciub])(\d+)")
-
-
-def elements_of(entry: Entry) -> Elements:
-    """What the manifest's dtype says of the numbers in a leaf: advice for the chooser, without torch or numpy."""
-    torch_name, numpy_name = _TORCH_NAME.match(entry.dtype), _NUMPY_NAME.fullmatch(entry.dtype)
-    if numpy_name:
-        kind, width = numpy_name[1], int(numpy_name[2])
-    elif torch_name:
-        kind, width = torch_name[1].removeprefix("b")[0], int(torch_name[2]) // 8
-    else:
-        return Elements()
-    width = width // 2 if kind == "c" else width
-    return Elements(width, is_float=kind in "fc") if width in (1, 2, 4, 8) else Elements()

@@ -10,14 +10,12 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.codec.base import Elements
 from castore.codec.registry import CONSTANT, DELTA, DERIVED
 from castore.errors import CastoreError, ChecksumError, ChunkMissingError, UnknownRefError, UsageError
 from castore.format.layout import GC, SNAPSHOTS
 from castore.format.pack import Row
 from castore.ids import ChunkId
 from castore.leases import list_leases
-from castore.maintenance.repack import elements_of
 from castore.options import RepositoryOptions
 from castore.repository import Handle
 from castore.store import Locations, preference
@@ -31,7 +29,6 @@ from tests.checkpoint.repositories import (
     open_on,
     packs_of,
 )
-from tests.checkpoint.test_bases import entry
 from tests.checkpoint.test_deltas import check, chunks_of
 
 State = dict[str, Any]
@@ -262,32 +259,6 @@ def test_a_repository_without_compression_can_be_archived() -> None:
     report = repo.repack(level="max")
     assert report.new_bytes < 0.9 * report.old_bytes
     check(open_on(repo.handle.backend), [snapshot])
-
-
-# ---- elements ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("dtype", "elements"),
-    [
-        ("float32", Elements(4, is_float=True)),
-        ("bfloat16", Elements(2, is_float=True)),
-        ("float8_e4m3fn", Elements(1, is_float=True)),
-        ("complex64", Elements(4, is_float=True)),
-        ("int64", Elements(8)),
-        ("uint8", Elements(1)),
-        ("bool", Elements()),
-        ("<f8", Elements(8, is_float=True)),
-        ("<c8", Elements(4, is_float=True)),
-        ("<i2", Elements(2)),
-        ("|b1", Elements(1)),
-        (">f4", Elements()),
-        ("<U12", Elements()),
-        ("", Elements()),
-    ],
-)
-def test_elements_are_told_by_the_dtype_of_the_manifest(dtype: str, elements: Elements) -> None:
-    assert elements_of(entry("w", "A", dtype=dtype)) == elements
 
 
 def test_what_was_thinned_and_collected_is_not_missed() -> None:
