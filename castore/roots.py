@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 
 from castore.backend.base import Backend
 from castore.errors import DamageError, UnknownRefError
-from castore.format.layout import SNAPSHOTS, forgotten_name, orphan_name, parse_snapshot_name, thin_name
+from castore.format.layout import (
+    LOST,
+    SNAPSHOTS,
+    forgotten_name,
+    lost_name,
+    orphan_name,
+    parse_lost_name,
+    parse_snapshot_name,
+    thin_name,
+)
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
 from castore.leases import list_leases
@@ -47,8 +56,8 @@ class Roots:
     """Tombstone → what it says, and what it says when it stands for the tombstones behind it too. To be put there
     before the stale marks go, which those are among."""
     stale_marks: tuple[str, ...]
-    """Files that say nothing any more: tombstones that no history reaches through, overlays and notes of snapshots that
-    are gone."""
+    """Files that say nothing any more: tombstones that no history reaches through; overlays, notes and losses of
+    snapshots that are gone."""
 
 
 def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
@@ -87,6 +96,7 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
     stale = [
         *(forgotten_name(found) for found in gone.keys() - named),
         *(thin_name(found) for found in overlays.keys() - present),
+        *(lost_name(found) for found in _marked_as_lost(backend) - present),
         *(orphan_name(found) for found, ns in notes.items() if found not in present or ns < expired_before_ns),
     ]
     return Roots(
@@ -150,6 +160,11 @@ class _Walk:
 
 def _present(backend: Backend) -> set[SnapshotId]:
     names = (parse_snapshot_name(info.name) for info in backend.list(SNAPSHOTS))
+    return {snapshot_id for snapshot_id in names if snapshot_id is not None}
+
+
+def _marked_as_lost(backend: Backend) -> set[SnapshotId]:
+    names = (parse_lost_name(info.name) for info in backend.list(LOST))
     return {snapshot_id for snapshot_id in names if snapshot_id is not None}
 
 
