@@ -28,7 +28,7 @@ from castore.format.layout import (
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
 from castore.leases import list_leases
-from castore.marks import Forgotten, Thinning, forgotten, orphan_notes, thinnings
+from castore.marks import Forgotten, Thinning, across, forgotten, orphan_notes, thinnings
 from castore.refs import list_branches, list_tags
 from castore.snapshots import read_record
 
@@ -37,6 +37,8 @@ from castore.snapshots import read_record
 class Roots:
     """The snapshots of a repository at one time, judged."""
 
+    heads: Mapping[SnapshotId, str]
+    """What branches and tags name → which of them does."""
     live: Mapping[SnapshotId, SnapshotRecord]
     """What must stay readable, whole but for what `thinnings` drops."""
     thinnings: Mapping[SnapshotId, Thinning]
@@ -100,6 +102,7 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
         *(orphan_name(found) for found, ns in notes.items() if found not in present or ns < expired_before_ns),
     ]
     return Roots(
+        heads,
         walk.live,
         {found: overlay for found, overlay in overlays.items() if found in walk.live},
         orphans,
@@ -177,17 +180,8 @@ def _contract(
     contracted: dict[SnapshotId, tuple[Forgotten, Forgotten]] = {}
     for snapshot_id in named:
         mark = gone[snapshot_id]
-        parents: dict[SnapshotId, None] = {}
-        passed = {snapshot_id}
-        pending = list(reversed(mark.parents))
-        while pending:
-            parent = pending.pop()
-            if parent not in gone:
-                parents[parent] = None
-            elif parent not in passed:
-                passed.add(parent)
-                pending.extend(reversed(gone[parent].parents))
-        if len(passed) > 1:
-            count = sum(gone[found].count for found in passed)
+        parents, passed = across(mark.parents, gone)
+        if passed - {snapshot_id}:
+            count = sum(gone[found].count for found in passed | {snapshot_id})
             contracted[snapshot_id] = (mark, replace(mark, parents=tuple(parents), count=count))
     return contracted

@@ -107,7 +107,7 @@ def _show(app: App, report: TransferReport, words: _Words, *, at: str) -> None:
         app.line(f"… and {len(renamed) - _SHOWN_SNAPSHOTS_MAX} more; --json lists all")
     if plan.gaps:
         app.note(
-            f"note: {plural(len(plan.gaps), 'parent')} of these snapshots are gone {words.source}: history ends with them"
+            f"note: {plural(len(plan.gaps), 'parent')} of these snapshots are gone {words.source}: history ends so"
         )
     if plan.left_out:
         app.note(

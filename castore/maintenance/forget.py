@@ -66,7 +66,7 @@ def forget_by_policy(
     now_ns = handle.clock()
     with writer_lease(handle.backend, purpose="forget", now_ns=now_ns):
         report, records = _planned(handle, keep)
-        reason = "policy " + " ".join(f"{name}={_rule_text(value)}" for name, value in keep.to_json().items())
+        reason = f"policy: {keep.text()}"
         marks = [
             _mark(choice.snapshot_id, records[choice.snapshot_id], reason=reason, now_ns=now_ns)
             for choice in report.dropped
@@ -94,12 +94,6 @@ def _planned(handle: Handle, keep: Keep) -> tuple[ForgetReport, Mapping[Snapshot
     plan = plan_retention(keep, history.lines, tags=history.tags)
     report = ForgetReport(plan.kept, plan.dropped, tuple(history.unreadable.items()), dry_run=True)
     return report, history.records
-
-
-def _rule_text(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(":".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
-    return str(value)
 
 
 def _mark(snapshot_id: SnapshotId, record: SnapshotRecord, *, reason: str, now_ns: int) -> Forgotten:
