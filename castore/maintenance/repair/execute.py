@@ -28,7 +28,8 @@ from castore.losses import delete_loss, write_loss
 from castore.maintenance.gc.claim import collector_claim
 from castore.maintenance.gc.writers import Watch
 from castore.maintenance.parity import parity_sizes
-from castore.maintenance.repair.plan import RefOffer, RepairPlan, Restore, SetAside, plan_repair
+from castore.maintenance.repair.files import RefOffer, Restore, SetAside
+from castore.maintenance.repair.plan import RepairPlan, plan_repair
 from castore.maintenance.repair.salvage import write_salvage
 from castore.maintenance.repair.sources import ChunkSource, RepositorySource
 from castore.maintenance.restoring import restoring_handle

@@ -18,50 +18,27 @@ from typing import Any
 from castore.damage_marks import mark_names, read_mark
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
 from castore.format.layout import (
-    BRANCHES,
-    GC,
-    TAGS,
-    check_ref_name,
-    decode_ref_name,
-    is_condemned_name,
     pack_name,
     parse_lost_name,
-    snapshot_name,
 )
 from castore.format.pack import RecordKind
-from castore.format.snapshot import rebuild_snapshot
-from castore.format.textfile import decode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
 from castore.maintenance.parts import affected_leaves
+from castore.maintenance.repair.files import (
+    RefOffer,
+    Restore,
+    SetAside,
+    ref_offers,
+    unreadable_condemned,
+    unreadable_snapshots,
+)
 from castore.maintenance.repair.salvage import Salvage, plan_salvage
 from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import Examination
 from castore.marks import damaged_marks
-from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.pack.reader import read_header
 from castore.repository import Handle
-from castore.snapshots import read_record
-
-
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """A file that goes to quarantine as it is."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """A snapshot whose body is whole, in a file that is damaged around it or has the name of another."""
-
-    name: str
-    """Where it lies."""
-    named: SnapshotId
-    """What the file is called after."""
-    snapshot_id: SnapshotId
-    """What it is, by its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +51,6 @@ class Heal:
     """Place among the sources."""
     read: ReadRaw = field(repr=False, compare=False)
     """Its content, from there."""
-
-
-@dataclass(frozen=True, slots=True)
-class RefOffer:
-    """A branch or tag that names nothing that can be read, and where it could point instead."""
-
-    file_name: str
-    name: str
-    is_branch: bool
-    reason: str
-    offered: SnapshotId | None
-    """The newest whole snapshot that was saved to that branch; None: there is none, or it is a tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +148,9 @@ def plan_repair(
     available.update(heal.chunk_id for heal in heals)
     _revive(found, salvages, available)
     losses = _losses(handle, found, available)
-    snapshots, restores = _unreadable_snapshots(handle, found, left)
+    snapshots, restores = unreadable_snapshots(handle, found, left)
     left += [problem.message for problem in found.findings.problems if problem.kind == "snapshot" and problem.leaves]
-    set_aside = [*snapshots, *_unreadable_condemned(handle)]
+    set_aside = [*snapshots, *unreadable_condemned(handle)]
     gone = {salvage.pack_id for salvage in salvages}
     return RepairPlan(
         tuple(salvages),
@@ -197,7 +162,7 @@ def plan_repair(
         tuple(loss for loss in losses.values() if not _is_marked(found, loss)),
         _healed(found, losses),
         tuple(_stale_marks(handle, found, gone)),
-        tuple(_offers(found, losses)),
+        tuple(ref_offers(found, losses)),
         any(problem.kind == "index" for problem in found.findings.problems),
         tuple(left),
         tuple(source.name for source in sources),
@@ -318,94 +283,3 @@ def _stale_marks(handle: Handle, found: Examination, gone: Collection[PackId]) -
         if not stays or not any((pack_name(mark.pack_id), offset) in faulty for offset in mark.offsets):
             stale.append(name)
     return stale
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def _unreadable_snapshots(
-    handle: Handle, found: Examination, left: list[str]
-) -> tuple[list[SetAside], dict[SnapshotId, Restore]]:
-    """Files to set aside, and the snapshots that they hold after all: their bodies are whole."""
-    aside: list[SetAside] = []
-    restores: dict[SnapshotId, Restore] = {}
-    for snapshot_id in sorted(found.unreadable):
-        name = snapshot_name(snapshot_id)
-        try:
-            read_record(handle.backend, snapshot_id)
-        except (DamageError, UnsupportedFormatError) as error:
-            restore = _restore(handle, name, snapshot_id)
-            if restore is None and isinstance(error, UnsupportedFormatError):
-                left.append(str(error))
-                continue
-            aside.append(SetAside(name, str(error)))
-            if restore is not None and restore.snapshot_id not in found.records:
-                restores[restore.snapshot_id] = restore
-        except CastoreError as error:
-            left.append(f"{name}: {error}")
-    return aside, restores
-
-
-def _restore(handle: Handle, name: str, snapshot_id: SnapshotId) -> Restore | None:
-    try:
-        data = handle.backend.read(name, max_bytes=SNAPSHOT_BYTES_MAX)
-    except CastoreError:
-        return None
-    rebuilt = rebuild_snapshot(data, handle.hasher, named=snapshot_id)
-    return Restore(name, snapshot_id, rebuilt[0]) if rebuilt is not None else None
-
-
-def _unreadable_condemned(handle: Handle) -> list[SetAside]:
-    """Condemned sets that nobody can read. Whoever wrote one is dead: the repair holds the claim of collectors."""
-    aside = []
-    for info in handle.backend.list(GC):
-        if is_condemned_name(info.name):
-            try:
-                fields = decode_text_file(handle.backend.read(info.name, max_bytes=TEXT_FILE_BYTES_MAX), name=info.name)
-                if all(isinstance(name, str) for name in fields.get("packs", [None])):
-                    continue
-                aside.append(SetAside(info.name, f"{info.name}: expected pack ids"))
-            except DamageError as error:
-                aside.append(SetAside(info.name, str(error)))
-            except CastoreError:
-                continue
-    return aside
-
-
-def _offers(found: Examination, losses: Mapping[SnapshotId, Loss]) -> list[RefOffer]:
-    readable = {name: ref for name, ref in found.refs.items() if ref.snapshot_id in found.records}
-    offers = []
-    for problem in found.findings.problems:
-        if problem.kind != "ref" or problem.where in readable:
-            continue
-        prefix = BRANCHES if problem.where.startswith(BRANCHES) else TAGS
-        try:
-            name = decode_ref_name(problem.where.removeprefix(prefix))
-            check_ref_name(name)
-        except CastoreError:
-            continue  # no name of a ref: the finding says what to do with the file
-        offers.append(_offer(found, losses, problem.where, name, problem.message, is_branch=prefix == BRANCHES))
-    named = {offer.file_name for offer in offers}
-    for file_name, ref in found.refs.items():
-        if ref.snapshot_id in found.unreadable and file_name not in named:
-            reason = f"{ref.name!r} names snapshot {ref.snapshot_id}, which cannot be read"
-            is_branch = file_name.startswith(BRANCHES)
-            offers.append(_offer(found, losses, file_name, ref.name, reason, is_branch=is_branch))
-    return offers
-
-
-def _offer(
-    found: Examination,
-    losses: Mapping[SnapshotId, Loss],
-    file_name: str,
-    name: str,
-    reason: str,
-    *,
-    is_branch: bool,
-) -> RefOffer:
-    whole = (
-        snapshot_id
-        for snapshot_id, record in found.records.items()
-        if is_branch and record.branch == name and snapshot_id not in losses
-    )
-    return RefOffer(file_name, name, is_branch, reason, next(whole, None))
