@@ -17,10 +17,7 @@ from typing import Any
 
 from castore.damage_marks import mark_names, read_mark
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
-from castore.format.layout import (
-    pack_name,
-    parse_lost_name,
-)
+from castore.format.layout import pack_name, parse_lost_name
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
