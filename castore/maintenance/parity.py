@@ -17,8 +17,8 @@ from castore.errors import (
     DamageError,
     NotFoundError,
     RepositoryAccessError,
+    RepositoryError,
     StorageError,
-    UnsupportedFormatError,
 )
 from castore.format.layout import PARITY, pack_name, parity_name, parse_parity_name
 from castore.ids import PackId
@@ -170,18 +170,16 @@ def _is_rotten(backend: Backend, pack_id: PackId, *, data: bool) -> bool:
     name = parity_name(pack_id)
     try:
         reader = backend.open_reader(name)
-    except NotFoundError:
+        try:
+            parity = open_parity(reader, pack_id, where=name)
+            is_cut = reader.size_bytes != parity.layout.file_bytes
+            return is_cut or (data and lost_parity_cells(parity) > 0)
+        finally:
+            reader.close()
+    except (DamageError, StorageError):  # also where the disk refuses to read it, and where it is gone by now
         return True
-    try:
-        parity = open_parity(reader, pack_id, where=name)
-        is_cut = reader.size_bytes != parity.layout.file_bytes
-        return is_cut or (data and lost_parity_cells(parity) > 0)
-    except DamageError:
-        return True
-    except UnsupportedFormatError:
-        return False  # made by a newer castore
-    finally:
-        reader.close()
+    except RepositoryError:
+        return False  # made by a newer castore, or not for us to read
 
 
 def _add(handle: Handle, pack_id: PackId, overhead_percent: int, advance: Callable[[int], None], *, renew: bool) -> int:

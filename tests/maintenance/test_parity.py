@@ -7,7 +7,7 @@ import pytest
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.errors import UsageError
+from castore.errors import StorageError, UsageError
 from castore.format.layout import pack_name, parity_name
 from castore.maintenance.parity import (
     add_parity,
@@ -147,6 +147,19 @@ def test_rotten_parity_is_made_anew_unless_its_pack_needs_it(repo) -> None:
     report = add_parity(open_on(backend).handle, data=True)
     assert [pack_id for pack_id, _ in report.refused] == [second]
     assert not open_on(backend).repair().losses
+
+
+def test_parity_that_the_disk_refuses_to_read_is_made_anew(repo) -> None:
+    add_parity(repo.handle)
+    first = min(packs_of(repo))
+    hooked = HookedBackend(repo.handle.backend)
+
+    def refuse(operation: str, name: str) -> None:
+        if (operation, name) == ("open_reader", parity_name(first)):
+            raise StorageError(f"{name}: cannot read: Input/output error")
+
+    hooked.hook = refuse
+    assert add_parity(open_on(hooked).handle).renewed == (first,)
 
 
 def test_parity_without_its_pack_is_garbage(repo) -> None:
