@@ -685,15 +685,18 @@ class Repository:
 
         return reindex(self._handle, progress=progress)
 
-    def add_parity(self, *, overhead_percent: int = 10, progress: Progress | None = None) -> ParityReport:
+    def add_parity(
+        self, *, overhead_percent: int = 10, data: bool = False, progress: Progress | None = None
+    ) -> ParityReport:
         """Protect every pack that is not yet: parity from which lost or rotten stretches of it can be restored.
 
         `overhead_percent` of a pack's bytes restore as large a part of it, in one piece or scattered. Packs of later
-        saves need another call. Needs `castore[parity]`. Returns a ParityReport; damaged packs are refused and listed.
+        saves need another call. Parity that cannot be used any more is made anew; with `data` it is all read, and what
+        has rotten stretches too. Needs `castore[parity]`. Returns a ParityReport; damaged packs are refused and listed.
         """
         from castore.maintenance.parity import add_parity
 
-        return add_parity(self._handle, overhead_percent=overhead_percent, progress=progress)
+        return add_parity(self._handle, overhead_percent=overhead_percent, data=data, progress=progress)
 
     # ---- other repositories --------------------------------------------------------------------------------------
 

@@ -73,8 +73,8 @@ class Condemned:
     condemned_ns: int
 
 
-class WriterLease:
-    """A lease that is held, and its sign of life for other hosts, whose kernels know nothing of our locks."""
+class HeldClaim:
+    """A lease or claim that is held, and its sign of life for other hosts, whose kernels know nothing of our locks."""
 
     def __init__(
         self, claim: Claim, *, purpose: str, now_ns: int, lease_s: float, monotonic_s: Callable[[], float]
@@ -87,6 +87,11 @@ class WriterLease:
         self._last_s = monotonic_s()
         self._count = 0
 
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return self._claim.name
+
     def beat(self) -> None:
         """Say that we live, when it is time to. Cheap: call it at every step of long work. From any thread."""
         now_s = self._monotonic_s()
@@ -94,7 +99,8 @@ class WriterLease:
             return
         self._last_s = now_s
         self._count += 1
-        # Taken for dead, a writer heals itself by its check after publishing: no reason to fail here.
+        # Taken for dead, a writer heals itself by its check after publishing, and a collector deletes only what it has
+        # condemned itself: no reason to fail here.
         with suppress(CastoreError):
             self._claim.renew(claim_text(self._purpose, self._now_ns, beat=self._count))
 
@@ -107,11 +113,11 @@ def writer_lease(
     now_ns: int,
     lease_s: float = LEASE_S,
     monotonic_s: Callable[[], float] = time.monotonic,
-) -> Iterator[WriterLease]:
+) -> Iterator[HeldClaim]:
     """Hold a writer lease for the block. Raises LeaseError or StorageError when it cannot be taken."""
     claim = backend.claim(new_lease_name(), claim_text(purpose, now_ns))
     try:
-        yield WriterLease(claim, purpose=purpose, now_ns=now_ns, lease_s=lease_s, monotonic_s=monotonic_s)
+        yield HeldClaim(claim, purpose=purpose, now_ns=now_ns, lease_s=lease_s, monotonic_s=monotonic_s)
     finally:
         # An error here is none of the caller's: the lock is let go whether or not the file could be removed, so that
         # it looks like that of a dead process, which gc removes.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from castore.codec.base import PLAIN, Elements
 from castore.errors import FormatError
 from castore.format.identity import entry_digest
 from castore.format.manifest import Entry, Kind, chunk_count, decode_id_list, decode_part
@@ -19,6 +21,9 @@ from castore.snapshots import Leaf
 from castore.store import ChunkStore
 
 _CACHED_PARTS_MAX = 256
+_TORCH_NAME = re.compile(r"(b?float|complex|u?int)(\d+)")
+_NUMPY_NAME = re.compile(r"([<>|=])([a-zA-Z])(\d+)")
+_WIDTH_MAX = 8
 
 
 class ManifestReader:
@@ -68,6 +73,19 @@ class ManifestReader:
 def split_ids(packed: bytes, id_bytes: int) -> list[ChunkId]:
     """Concatenated ids, taken apart."""
     return [ChunkId(packed[start : start + id_bytes]) for start in range(0, len(packed), id_bytes)]
+
+
+def elements_of(entry: Entry) -> Elements:
+    """What the dtype's name says of the numbers in a leaf, as a save sees them: torch and numpy may not be here."""
+    if numpy_name := _NUMPY_NAME.match(entry.dtype):
+        order, kind, width = numpy_name[1], numpy_name[2], int(numpy_name[3])
+        width = {"c": width // 2, "U": 4, "S": 1, "V": 1}.get(kind, width)
+        return Elements(max(1, min(width, _WIDTH_MAX)), is_float=kind in "fc" and order != ">" and width <= _WIDTH_MAX)
+    if torch_name := _TORCH_NAME.match(entry.dtype):
+        kind, width = torch_name[1], int(torch_name[2]) // 8
+        width = width // 2 if kind == "complex" else width
+        return Elements(max(1, min(width, _WIDTH_MAX)), is_float=not kind.endswith("int"))
+    return PLAIN
 
 
 def leaf_table(entries: Sequence[Entry], hasher: Hasher, thinning: Thinning | None = None) -> tuple[Leaf, ...]:

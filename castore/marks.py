@@ -17,7 +17,7 @@ Each is a textfile.py file, written and removed by compare-and-swap. A ref that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,6 +92,25 @@ def forgotten_ids(backend: Backend) -> frozenset[SnapshotId]:
 def forgotten(backend: Backend) -> dict[SnapshotId, Forgotten]:
     """Every marker. Raises DamageError when one cannot be read: forget or undelete that snapshot again."""
     return _read_all(backend, FORGOTTEN, parse_forgotten_name, read_forgotten)
+
+
+def across(
+    parents: Iterable[SnapshotId], marks: Mapping[SnapshotId, Forgotten]
+) -> tuple[list[SnapshotId], set[SnapshotId]]:
+    """Parents, in the place of each marked one the parents of that, first parents first; and the marked ones that were
+    passed over.
+    """
+    kept: dict[SnapshotId, None] = {}
+    passed: set[SnapshotId] = set()
+    pending = list(reversed([*parents]))
+    while pending:
+        parent = pending.pop()
+        if parent not in marks:
+            kept[parent] = None
+        elif parent not in passed:
+            passed.add(parent)
+            pending.extend(reversed(marks[parent].parents))
+    return list(kept), passed
 
 
 def read_forgotten(backend: Backend, snapshot_id: SnapshotId) -> Forgotten | None:

@@ -15,11 +15,20 @@ from dataclasses import dataclass, replace
 
 from castore.backend.base import Backend
 from castore.errors import DamageError, UnknownRefError
-from castore.format.layout import SNAPSHOTS, forgotten_name, orphan_name, parse_snapshot_name, thin_name
+from castore.format.layout import (
+    LOST,
+    SNAPSHOTS,
+    forgotten_name,
+    lost_name,
+    orphan_name,
+    parse_lost_name,
+    parse_snapshot_name,
+    thin_name,
+)
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
 from castore.leases import list_leases
-from castore.marks import Forgotten, Thinning, forgotten, orphan_notes, thinnings
+from castore.marks import Forgotten, Thinning, across, forgotten, orphan_notes, thinnings
 from castore.refs import list_branches, list_tags
 from castore.snapshots import read_record
 
@@ -28,6 +37,8 @@ from castore.snapshots import read_record
 class Roots:
     """The snapshots of a repository at one time, judged."""
 
+    heads: Mapping[SnapshotId, str]
+    """What branches and tags name → which of them does."""
     live: Mapping[SnapshotId, SnapshotRecord]
     """What must stay readable, whole but for what `thinnings` drops."""
     thinnings: Mapping[SnapshotId, Thinning]
@@ -47,8 +58,8 @@ class Roots:
     """Tombstone → what it says, and what it says when it stands for the tombstones behind it too. To be put there
     before the stale marks go, which those are among."""
     stale_marks: tuple[str, ...]
-    """Files that say nothing any more: tombstones that no history reaches through, overlays and notes of snapshots that
-    are gone."""
+    """Files that say nothing any more: tombstones that no history reaches through; overlays, notes and losses of
+    snapshots that are gone."""
 
 
 def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
@@ -87,9 +98,11 @@ def live_roots(backend: Backend, *, now_ns: int, grace_ns: int) -> Roots:
     stale = [
         *(forgotten_name(found) for found in gone.keys() - named),
         *(thin_name(found) for found in overlays.keys() - present),
+        *(lost_name(found) for found in _marked_as_lost(backend) - present),
         *(orphan_name(found) for found, ns in notes.items() if found not in present or ns < expired_before_ns),
     ]
     return Roots(
+        heads,
         walk.live,
         {found: overlay for found, overlay in overlays.items() if found in walk.live},
         orphans,
@@ -153,6 +166,11 @@ def _present(backend: Backend) -> set[SnapshotId]:
     return {snapshot_id for snapshot_id in names if snapshot_id is not None}
 
 
+def _marked_as_lost(backend: Backend) -> set[SnapshotId]:
+    names = (parse_lost_name(info.name) for info in backend.list(LOST))
+    return {snapshot_id for snapshot_id in names if snapshot_id is not None}
+
+
 def _contract(
     gone: Mapping[SnapshotId, Forgotten], named: Collection[SnapshotId]
 ) -> dict[SnapshotId, tuple[Forgotten, Forgotten]]:
@@ -162,17 +180,8 @@ def _contract(
     contracted: dict[SnapshotId, tuple[Forgotten, Forgotten]] = {}
     for snapshot_id in named:
         mark = gone[snapshot_id]
-        parents: dict[SnapshotId, None] = {}
-        passed = {snapshot_id}
-        pending = list(reversed(mark.parents))
-        while pending:
-            parent = pending.pop()
-            if parent not in gone:
-                parents[parent] = None
-            elif parent not in passed:
-                passed.add(parent)
-                pending.extend(reversed(gone[parent].parents))
-        if len(passed) > 1:
-            count = sum(gone[found].count for found in passed)
+        parents, passed = across(mark.parents, gone)
+        if passed - {snapshot_id}:
+            count = sum(gone[found].count for found in passed | {snapshot_id})
             contracted[snapshot_id] = (mark, replace(mark, parents=tuple(parents), count=count))
     return contracted

@@ -8,15 +8,22 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+import castore
+from castore.api import Repository
 from castore.backend import LocalBackend, MemoryBackend
 from castore.backend.base import Backend
 from castore.errors import DamageError, FormatError
 from castore.format.layout import LEASES
 from castore.format.textfile import decode_text_file, encode_text_file
 from castore.leases import condemned_packs, list_leases, writer_lease
+from castore.options import RepositoryOptions
+from tests.checkpoint.repositories import create_on, packs_of
 
 NOW_NS = 1_700_000_000_000_000_000
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -235,3 +242,47 @@ def test_a_condemned_file_that_goes_meanwhile_is_no_error() -> None:
             return backend.read(name, max_bytes=max_bytes)
 
     assert condemned_packs(Vanishing()) == {B}
+
+
+# ---- signs of life -------------------------------------------------------------------------------------------------
+
+
+def condemn_all(repo: Repository) -> None:
+    condemn(repo.handle.backend, f"{'ab' * 16}.condemned", sorted(packs_of(repo)))
+
+
+class Renewals(MemoryBackend):
+    """Remembers every sign of life."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs: list[bytes] = []
+
+    def claim(self, name: str, data: bytes) -> Any:
+        claim = super().claim(name, data)
+        return SimpleNamespace(name=claim.name, renew=self.signs.append, release=claim.release)
+
+
+LONG_WORK: dict[str, tuple[Callable[[Repository], object], Callable[[Repository], object]]] = {
+    "forget": (lambda repo: None, lambda repo: repo.forget(castore.Keep(last=1))),
+    "forget by name": (lambda repo: None, lambda repo: repo.forget(ids=["main~1", "main~2", "main~3"])),
+    "thin": (lambda repo: None, lambda repo: repo.thin(["a"], older_than=1)),
+    "undelete": (lambda repo: repo.forget(castore.Keep(last=1)), lambda repo: repo.undelete()),
+    "branch": (condemn_all, lambda repo: repo.branch("new")),
+    "tag": (condemn_all, lambda repo: repo.tag("new")),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORK)
+def test_long_work_gives_signs_of_life_by_the_lease_length_of_the_repository(kind: str) -> None:
+    """To collectors of other hosts it looked dead after a lease."""
+    before, work = LONG_WORK[kind]
+    backend = Renewals()
+    repo = create_on(backend, RepositoryOptions(lease_s=1e-6))
+    for step in range(4):
+        repo.save({"a": np.full(1000, step), "b": np.full(1000, -step)}, step=step)
+    before(repo)
+    backend.signs.clear()
+    work(repo)
+    assert len(backend.signs) > 2
+    assert len(set(backend.signs)) == len(backend.signs)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
 
 from castore.backend import MemoryBackend
+from castore.codec.base import PLAIN
 from castore.errors import (
     ChunkMissingError,
     FormatError,
@@ -19,10 +22,12 @@ from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, StateId
 from castore.index import MemoryIndex
-from castore.manifests import ManifestReader, check_paths, leaf_table, split_ids
+from castore.manifests import ManifestReader, check_paths, elements_of, leaf_table, split_ids
 from castore.options import GRID_BYTES, PART_CHUNKS_MAX
 from castore.snapshots import Leaf
 from castore.store import ChunkStore
+from castore.tensors.dtypes import numpy_element, torch_element
+from tests.checkpoint.test_bases import entry
 from tests.suites.packs import HASHER, write_pack
 
 NOW_NS = 1_700_000_000_123_456_789
@@ -173,3 +178,21 @@ def test_a_path_stands_once_in_a_manifest() -> None:
 def test_packed_ids_are_taken_apart() -> None:
     assert split_ids(b"a" * 16 + b"b" * 16, 16) == [b"a" * 16, b"b" * 16]
     assert split_ids(b"", 32) == []
+
+
+def dtypes() -> list[Any]:
+    names = "float64 float32 float16 bfloat16 float8_e4m3fn complex128 complex64 complex32 int64 uint16 int8 bool"
+    codes = "<f8 >f4 <f2 <c8 <c32 <f16 <i2 >i8 |u1 |b1 <U12 |S7 <M8[ns] >M8[s] <m8[D] |V3"
+    return [*(getattr(torch, name) for name in names.split()), *(np.dtype(code) for code in codes.split())]
+
+
+@pytest.mark.parametrize("dtype", dtypes(), ids=str)
+def test_elements_are_told_by_the_name_of_the_dtype_as_a_save_sees_them(dtype: Any) -> None:
+    element = numpy_element(dtype, "leaf") if isinstance(dtype, np.dtype) else torch_element(dtype)
+    found = elements_of(entry("leaf", "A", dtype=element.name))
+    assert (found.item_bytes, found.is_float) == (element.plane_bytes, element.is_float)
+
+
+@pytest.mark.parametrize("name", ["", "quint8", "x", "<", "float"])
+def test_of_names_that_say_nothing_bytes_are_bytes(name: str) -> None:
+    assert elements_of(entry("leaf", "A", dtype=name)) == PLAIN

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from castore.backend import MemoryBackend
@@ -12,6 +14,7 @@ from castore.ids import SnapshotId
 from castore.marks import (
     Forgotten,
     Thinning,
+    across,
     damaged_marks,
     forget_snapshot,
     forgotten,
@@ -50,6 +53,13 @@ def test_a_second_forgetting_leaves_the_first_mark() -> None:
     forget_snapshot(backend, MARK)
     assert not forget_snapshot(backend, Forgotten(A, (), "main", None, 0, 9_000, "again"))
     assert read_forgotten(backend, A) == MARK
+
+
+def test_history_goes_on_behind_what_was_forgotten_first_parents_first() -> None:
+    c, d = SnapshotId("cc" * 16), SnapshotId("dd" * 16)
+    marks = {A: replace(MARK, parents=(B, c, d)), B: Forgotten(B, (d, A), "main", 6, 500, 2_000, "a marker may lie")}
+    assert across((A, c), marks) == ([d, c], {A, B})
+    assert across((c,), marks) == ([c], set())
 
 
 def test_a_damaged_mark_is_an_error_and_can_be_written_again() -> None:

@@ -56,7 +56,8 @@ def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) ->
     handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
-    with writer_lease(backend, purpose="branch", now_ns=now_ns):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(backend, purpose="branch", now_ns=now_ns, lease_s=lease_s) as lease:
         listed = list_packs(backend)
         target = resolve(backend, at)
         try:
@@ -77,7 +78,7 @@ def make_branch(handle: Handle, name: str, *, at: str | Snapshot, move: bool) ->
         if not move_branch(backend, name, expected_id=found, new_id=target, now_ns=now_ns):
             raise ConflictError(name, snapshot_id=target, expected_id=found, found_id=read_branch(backend, name))
         try:
-            _adopt(handle, target, listed=listed, now_ns=now_ns)
+            _adopt(handle, target, listed=listed, now_ns=now_ns, beat=lease.beat)
         except DamageError:
             move_branch(backend, name, expected_id=target, new_id=found, now_ns=now_ns)
             raise
@@ -90,7 +91,8 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
     handle.config.check_features("write", where=handle.backend.location)
     check_ref_name(name)
     backend, now_ns = handle.backend, handle.clock()
-    with writer_lease(backend, purpose="tag", now_ns=now_ns):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(backend, purpose="tag", now_ns=now_ns, lease_s=lease_s) as lease:
         listed = list_packs(backend)
         target = resolve(backend, at)
         check_tag_free(backend, name)
@@ -98,7 +100,7 @@ def make_tag(handle: Handle, name: str, *, at: str | Snapshot) -> Ref:
         check_not_condemned(backend, target)
         create_tag(backend, name, target, now_ns=now_ns)
         try:
-            _adopt(handle, target, listed=listed, now_ns=now_ns)
+            _adopt(handle, target, listed=listed, now_ns=now_ns, beat=lease.beat)
         except DamageError:
             delete_ref_file(backend, tag_name(name))
             raise
@@ -166,22 +168,30 @@ def _time_ns(handle: Handle, snapshot_id: SnapshotId) -> int:
         return 0
 
 
-def _adopt(handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId], now_ns: int) -> None:
+def _adopt(
+    handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId], now_ns: int, beat: Callable[[], None]
+) -> None:
     """Check what a new ref names; a forgotten snapshot is remembered again, for the ref outweighs its marker."""
     is_marked = snapshot_id in forgotten_ids(handle.backend)
-    rescue(handle, snapshot_id, listed=None if is_marked else listed, now_ns=now_ns)
+    rescue(handle, snapshot_id, listed=None if is_marked else listed, now_ns=now_ns, beat=beat)
     unforget_snapshot(handle.backend, snapshot_id)
 
 
 def rescue(
-    handle: Handle, snapshot_id: SnapshotId, *, listed: frozenset[PackId] | None, now_ns: int, whole: bool = False
+    handle: Handle,
+    snapshot_id: SnapshotId,
+    *,
+    listed: frozenset[PackId] | None,
+    now_ns: int,
+    beat: Callable[[], None],
+    whole: bool = False,
 ) -> None:
     """Check, after the root is visible, that all of the snapshot is in packs that stay; copy out what is not.
 
     `listed` are the packs that stood, under our lease, before the root was made, when the snapshot was whole. While
     none of them has gone and nothing is condemned, this costs one listing; None: look at every chunk. `whole` asks for
-    the leaves that thinning dropped, too. Raises SnapshotGoneError or another DamageError when something is gone
-    for good: a collector that did not see the root has come to its end.
+    the leaves that thinning dropped, too. `beat` is called at every step of copying. Raises SnapshotGoneError or
+    another DamageError when something is gone for good: a collector that did not see the root has come to its end.
     """
     while True:
         # The condemned set before the listing, for the reason given in save.py.
@@ -208,6 +218,7 @@ def rescue(
         )
         try:
             for chunk_id in sorted(lost):
+                beat()
                 raw = bytes(handle.store.get(chunk_id))
                 writer.put_bytes(chunk_id, raw, kind=needed[chunk_id], elements=_COPIED)
             sealed = writer.finish()

@@ -10,7 +10,7 @@ finds that a collector was faster, the mark is put back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -107,15 +107,16 @@ def undelete(handle: Handle, refs: Sequence[str | Snapshot] | None) -> UndeleteR
     backend, now_ns = handle.backend, handle.clock()
     restored: list[tuple[SnapshotId, Literal["forgotten", "thinned"]]] = []
     lost: list[tuple[SnapshotId, str]] = []
-    with writer_lease(backend, purpose="undelete", now_ns=now_ns):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(backend, purpose="undelete", now_ns=now_ns, lease_s=lease_s) as lease:
         if refs is not None:
-            restored.extend(_restore(handle, _resolve(handle, ref), now_ns) for ref in refs)
+            restored.extend(_restore(handle, _resolve(handle, ref), now_ns, lease.beat) for ref in refs)
             return UndeleteReport(tuple(restored), ())
         for snapshot_id in sorted(forgotten_ids(backend) & set(list_snapshot_ids(backend))):
             try:
                 record = _read(handle, snapshot_id)
                 if snapshot_id in forgotten_ids(backend):  # else somebody brought it back since we looked
-                    _remember(handle, snapshot_id, record, now_ns)
+                    _remember(handle, snapshot_id, record, now_ns, lease.beat)
                     restored.append((snapshot_id, "forgotten"))
             except DamageError as error:
                 lost.append((snapshot_id, str(error)))
@@ -146,56 +147,59 @@ def _read(handle: Handle, snapshot_id: SnapshotId) -> SnapshotRecord:
 
 
 def _restore(
-    handle: Handle, snapshot_id: SnapshotId, now_ns: int
+    handle: Handle, snapshot_id: SnapshotId, now_ns: int, beat: Callable[[], None]
 ) -> tuple[SnapshotId, Literal["forgotten", "thinned"]]:
     """One step back: a forgotten snapshot is remembered, as thin as it was; else a thinned one is made whole."""
     backend = handle.backend
     record = _read(handle, snapshot_id)
     if snapshot_id in forgotten_ids(backend):
-        _remember(handle, snapshot_id, record, now_ns)
+        _remember(handle, snapshot_id, record, now_ns, beat)
         return snapshot_id, "forgotten"
     if snapshot_id in thinned_ids(backend):
-        _make_whole(handle, snapshot_id, now_ns)
+        _make_whole(handle, snapshot_id, now_ns, beat)
         return snapshot_id, "thinned"
     raise UsageError(f"snapshot {snapshot_id[:12]} is neither forgotten nor thinned: nothing to bring back")
 
 
-def _remember(handle: Handle, snapshot_id: SnapshotId, record: SnapshotRecord, now_ns: int) -> None:
+def _remember(
+    handle: Handle, snapshot_id: SnapshotId, record: SnapshotRecord, now_ns: int, beat: Callable[[], None]
+) -> None:
     try:
         mark = read_forgotten(handle.backend, snapshot_id)
     except DamageError:
         mark = None
     if mark is None:
         mark = Forgotten(snapshot_id, record.parents, record.branch, record.step, record.time_ns, now_ns, "unknown")
-    _check(handle, snapshot_id, now_ns, whole=False)
+    _check(handle, snapshot_id, now_ns, beat, whole=False)
     # Perhaps no ref reaches it: then its grace period starts now, and not when it was saved.
     note_orphan(handle.backend, snapshot_id, now_ns=now_ns)
     unforget_snapshot(handle.backend, snapshot_id)
     try:
-        _check(handle, snapshot_id, now_ns, whole=False)
+        _check(handle, snapshot_id, now_ns, beat, whole=False)
     except CastoreError:
         forget_snapshot(handle.backend, mark)
         raise
 
 
-def _make_whole(handle: Handle, snapshot_id: SnapshotId, now_ns: int) -> None:
+def _make_whole(handle: Handle, snapshot_id: SnapshotId, now_ns: int, beat: Callable[[], None]) -> None:
     try:
         overlay: Thinning | None = read_thinning(handle.backend, snapshot_id)
     except DamageError:
         overlay = None  # with all of its chunks there it is not needed
-    _check(handle, snapshot_id, now_ns, whole=True)
+    _check(handle, snapshot_id, now_ns, beat, whole=True)
     unthin_snapshot(handle.backend, snapshot_id)
     try:
-        _check(handle, snapshot_id, now_ns, whole=True)
+        _check(handle, snapshot_id, now_ns, beat, whole=True)
     except CastoreError:
         if overlay is not None:
             thin_snapshot(handle.backend, overlay)
         raise
 
 
-def _check(handle: Handle, snapshot_id: SnapshotId, now_ns: int, *, whole: bool) -> None:
+def _check(handle: Handle, snapshot_id: SnapshotId, now_ns: int, beat: Callable[[], None], *, whole: bool) -> None:
+    beat()
     try:
-        rescue(handle, snapshot_id, listed=None, now_ns=now_ns, whole=whole)
+        rescue(handle, snapshot_id, listed=None, now_ns=now_ns, beat=beat, whole=whole)
     except SnapshotGoneError:
         raise
     except ChunkMissingError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,6 @@ from castore.cli.render import ID_DIGITS, clean, plural, size
 from castore.options import MIB, REPACK_BELOW, REPACK_BYTES_MAX
 
 if TYPE_CHECKING:
-    from castore.cli.render import ProgressBar
     from castore.maintenance.gc.report import GcReport, Pending
 
 _SNAPSHOTS_SHOWN_MAX = 20
@@ -79,7 +76,7 @@ def gc_command(
     Saves and loads go on meanwhile. What cannot be freed yet is listed with the reason. Interrupted at any point, gc is
     simply run again.
     """
-    with app.open() as repository, _phases(app) as progress:
+    with app.open() as repository, app.phases() as progress:
         report: GcReport | None = repository.gc(
             dry_run,
             auto=auto,
@@ -96,32 +93,6 @@ def gc_command(
     else:
         _draw(app, report)
     return None
-
-
-@contextmanager
-def _phases(app: App) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar for each phase, when somebody looks."""
-    with app.progress("") as shown:
-        if shown is None:
-            yield None
-            return
-    from castore.cli.render import ProgressBar
-
-    bars: dict[str, ProgressBar] = {}
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars.clear()
-            bars[phase] = ProgressBar(phase)
-        bars[phase].update(done, total)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def _draw(app: App, report: GcReport) -> None:

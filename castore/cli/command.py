@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 Progress = Callable[[int, int], None]
+Phases = Callable[[str, int, int], None]
+"""Called with (what is being done, done, in all)."""
 
 REPOSITORY_VARIABLE = "CASTORE_REPO"
 
@@ -101,6 +103,32 @@ class App:
             yield bar.update
         finally:
             bar.close()
+
+    @contextmanager
+    def phases(self) -> Iterator[Phases | None]:
+        """As `progress`, for work that says itself what it is doing: a bar for each phase, one after the other."""
+        if not sys.stderr.isatty():
+            yield None
+            return
+        from castore.cli.render import ProgressBar
+
+        bars: dict[str, ProgressBar] = {}
+
+        def close() -> None:
+            for bar in bars.values():
+                bar.close()
+            bars.clear()
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                close()
+                bars[phase] = ProgressBar(phase)
+            bars[phase].update(done, total)
+
+        try:
+            yield update
+        finally:
+            close()
 
 
 def colours(stream: Any) -> bool:

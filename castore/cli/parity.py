@@ -15,6 +15,7 @@ from castore.errors import UsageError
     examples="""
 castore parity add                    protect every pack that is not yet
 castore parity add --overhead 25      so that a quarter of a pack may be lost
+castore parity add --data             and make anew what of the parity is rotten
 castore parity status --data          read everything; exits with 3 when something is lost
 castore parity remove
 """,
@@ -26,7 +27,7 @@ castore parity remove
     metavar="PERCENT",
     help="add: share of a pack that may be lost, and that its parity takes. Default: 10.",
 )
-@click.option("--data", is_flag=True, help="status: read every byte of packs and parity.")
+@click.option("--data", is_flag=True, help="Read every byte: add, of the parity; status, of packs too.")
 def parity_command(app: App, action: str, overhead: int | None, data: bool) -> int | None:
     """Protect packs against lost and rotten stretches: bad sectors, a cut file, a torn copy.
 
@@ -35,19 +36,24 @@ def parity_command(app: App, action: str, overhead: int | None, data: bool) -> i
     """
     if overhead is not None and action != "add":
         raise UsageError("--overhead goes with `castore parity add`")
-    if data and action != "status":
-        raise UsageError("--data goes with `castore parity status`")
-    return {"add": lambda: _add(app, overhead), "status": lambda: _status(app, data), "remove": lambda: _remove(app)}[
-        action
-    ]()
+    if data and action == "remove":
+        raise UsageError("--data goes with `castore parity add` and `castore parity status`")
+    return {
+        "add": lambda: _add(app, overhead, data),
+        "status": lambda: _status(app, data),
+        "remove": lambda: _remove(app),
+    }[action]()
 
 
-def _add(app: App, overhead: int | None) -> int | None:
+def _add(app: App, overhead: int | None, data: bool) -> int | None:
     from castore.maintenance.parity import OVERHEAD_PERCENT, add_parity
 
     with app.open() as repository, app.progress("computing parity") as progress:
         report = add_parity(
-            repository.handle, overhead_percent=OVERHEAD_PERCENT if overhead is None else overhead, progress=progress
+            repository.handle,
+            overhead_percent=OVERHEAD_PERCENT if overhead is None else overhead,
+            data=data,
+            progress=progress,
         )
     if app.as_json:
         app.document(report.to_json())
@@ -55,7 +61,8 @@ def _add(app: App, overhead: int | None) -> int | None:
         for pack_id, why in report.refused:
             app.line(f"{app.style('damaged', fg='red')} pack {pack_id[:ID_DIGITS]}: {clean(why)}; no parity was made")
         kept = f"; {report.kept_count} had it before" if report.kept_count else ""
-        app.line(f"added parity to {plural(len(report.added), 'pack')}, {size(report.added_bytes)}{kept}")
+        anew = f", to {len(report.renewed)} of them anew: theirs was rotten" if report.renewed else ""
+        app.line(f"added parity to {plural(len(report.added), 'pack')}, {size(report.added_bytes)}{anew}{kept}")
     return Exit.DAMAGE if report.refused else None
 
 

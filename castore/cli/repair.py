@@ -88,6 +88,8 @@ def _draw_plan(app: App, plan: RepairPlan) -> None:
         app.line(f"{app.style('lost', fg='red')} of snapshot {loss.snapshot_id[:ID_DIGITS]}: {_leaves_text(loss)}")
     for snapshot_id in plan.healed:
         app.line(f"unmark snapshot {snapshot_id[:ID_DIGITS]}: nothing of it is lost any more")
+    if plan.stale_marks:
+        app.line(f"take away {plural(len(plan.stale_marks), 'mark')} of damage that is mended by then")
     if plan.rebuild_index:
         app.line("build the index again")
     for text in plan.left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -377,22 +377,9 @@ def _draw_policy(app: App, policy: Policy | None) -> None:
         app.note("no policy is stored; `castore policy set` stores one")
         return
     if policy.keep is not None:
-        app.line(f"keep    {clean(rules_text(policy.keep.to_json()))}")
+        app.line(f"keep    {clean(policy.keep.text())}")
     if policy.thin:
         behind = "the newest " if isinstance(policy.older_than, int) else ""
         app.line(f"thin    {clean(', '.join(policy.thin))} of what is older than {behind}{policy.older_than}")
     when = f"after every {plural(policy.every_saves, 'save')}" if policy.every_saves else "when asked for"
     app.line(f"applied {when}, and by `castore gc --auto`")
-
-
-def rules_text(rules: Mapping[str, Any]) -> str:
-    """As in "last 3, every 1000, best val_loss:min:2"."""
-    pieces: list[str] = []
-    for name, value in rules.items():
-        if name == "best":
-            pieces.extend(f"best {':'.join(map(str, rule))}" for rule in value)
-        elif name == "branches":
-            pieces.extend(f"branch {pattern}" for pattern in value)
-        else:
-            pieces.append(f"{name} {value}")
-    return ", ".join(pieces)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
@@ -58,7 +58,7 @@ def push_command(app: App, other: Path, refs: tuple[str, ...], **options: Any) -
     """
     with app.open() as repository, app.progress("sending") as progress:
         report: TransferReport = repository.push(other, refs or None, progress=progress, **options)
-    _show(app, report, there=str(other))
+    _show(app, report, _Words("sent", "would send", "here", "there"), at=str(other))
     return None
 
 
@@ -75,29 +75,40 @@ def pull_command(app: App, other: Path, refs: tuple[str, ...], **options: Any) -
     """Fetch the snapshots of REFS of the repository OTHER, with their history: `push`, the other way round."""
     with app.open() as repository, app.progress("fetching") as progress:
         report: TransferReport = repository.pull(other, refs or None, progress=progress, **options)
-    _show(app, report, there=str(app.repository_path()))
+    _show(app, report, _Words("fetched", "would fetch", "there", "here"), at=str(app.repository_path()))
     return None
 
 
-def _show(app: App, report: TransferReport, *, there: str) -> None:
+class _Words(NamedTuple):
+    """A transfer as the person sees it who asked for it."""
+
+    done: str
+    would: str
+    source: str
+    target: str
+
+
+def _show(app: App, report: TransferReport, words: _Words, *, at: str) -> None:
     if app.as_json:
         app.document(report.to_json())
         return
     plan = report.plan
     if plan.moves:
-        table = Table(("REF", "SNAPSHOT", "AT " + clean(there)))
+        table = Table(("REF", "SNAPSHOT", "AT " + clean(at)))
         for move in plan.moves:
             kind = "tags" if move.kind == "tag" else "heads"
-            at = report.heads.get(f"{kind}/{move.name}", move.source_id)
-            table.add(f"{kind}/{move.name}", at[:ID_DIGITS], _ACTIONS[move.action])
+            head = report.heads.get(f"{kind}/{move.name}", move.source_id)
+            table.add(f"{kind}/{move.name}", head[:ID_DIGITS], _ACTIONS[move.action])
         app.table(table)
     renamed = [(old, new) for old, new in report.sent.items() if old != new]
     for old, new in renamed[:_SHOWN_SNAPSHOTS_MAX]:
-        app.line(f"{old[:ID_DIGITS]} is {new[:ID_DIGITS]} there")
+        app.line(f"{old[:ID_DIGITS]} is {new[:ID_DIGITS]} {words.target}")
     if len(renamed) > _SHOWN_SNAPSHOTS_MAX:
         app.line(f"… and {len(renamed) - _SHOWN_SNAPSHOTS_MAX} more; --json lists all")
     if plan.gaps:
-        app.note(f"note: {plural(len(plan.gaps), 'parent')} of these snapshots are gone here: history ends there")
+        app.note(
+            f"note: {plural(len(plan.gaps), 'parent')} of these snapshots are gone {words.source}: history ends so"
+        )
     if plan.left_out:
         app.note(
             f"note: {plural(len(plan.left_out), 'thinned snapshot')} left out: what was dropped of them cannot be "
@@ -106,11 +117,11 @@ def _show(app: App, report: TransferReport, *, there: str) -> None:
     if report.is_dry_run:
         bound = "" if plan.is_exact else "at most "
         app.line(
-            f"would send {plural(len(plan.missing), 'snapshot')}, {bound}{plural(plan.chunk_count, 'chunk')} of "
-            f"{size(plan.raw_bytes)}, stored {size(plan.stored_bytes)} here"
+            f"{words.would} {plural(len(plan.missing), 'snapshot')}, {bound}{plural(plan.chunk_count, 'chunk')} of "
+            f"{size(plan.raw_bytes)}, stored {size(plan.stored_bytes)} {words.source}"
         )
         return
     app.line(
-        f"sent {plural(len(report.sent), 'snapshot')}, {plural(report.sent_chunk_count, 'chunk')} of "
+        f"{words.done} {plural(len(report.sent), 'snapshot')}, {plural(report.sent_chunk_count, 'chunk')} of "
         f"{size(report.sent_raw_bytes)}, written {size(report.stored_bytes)}"
     )

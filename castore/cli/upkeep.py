@@ -155,6 +155,9 @@ def _draw_usage(app: App, usage: Usage) -> None:
     if usage.pinned_bytes:
         app.line(f"bases that no snapshot needs itself: {size(usage.pinned_bytes)} of the leaves")
     app.line(f"snapshot files: {size(usage.snapshot_bytes)}, index: {size(usage.cache_bytes)}")
+    for name, count_bytes in (("parity", usage.parity_bytes), ("quarantine, yours to delete", usage.quarantine_bytes)):
+        if count_bytes:
+            app.line(f"{name}: {size(count_bytes)}")
     raw = (
         f"; {plural(len(usage.snapshots), 'snapshot')} of {size(usage.raw_bytes)} raw in all" if usage.snapshots else ""
     )

@@ -22,6 +22,7 @@ from castore.maintenance.inference import infer_mark
 from castore.maintenance.lines import read_history
 from castore.maintenance.retention import Choice, Keep, plan_retention
 from castore.marks import Forgotten, forget_snapshot, read_forgotten, unforget_snapshot
+from castore.progress import Meter
 from castore.refs import list_branches, list_tags, ref_text, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
@@ -63,15 +64,15 @@ def forget_by_policy(
     if dry_run:
         return _planned(handle, keep)[0]
     handle.config.check_features("write", where=handle.backend.location)
-    now_ns = handle.clock()
-    with writer_lease(handle.backend, purpose="forget", now_ns=now_ns):
+    now_ns, lease_s = handle.clock(), handle.config.options.lease_s
+    with writer_lease(handle.backend, purpose="forget", now_ns=now_ns, lease_s=lease_s) as lease:
         report, records = _planned(handle, keep)
-        reason = "policy " + " ".join(f"{name}={_rule_text(value)}" for name, value in keep.to_json().items())
+        reason = f"policy: {keep.text()}"
         marks = [
             _mark(choice.snapshot_id, records[choice.snapshot_id], reason=reason, now_ns=now_ns)
             for choice in report.dropped
         ]
-        return _carry_out(handle, replace(report, dry_run=False), marks, progress)
+        return _carry_out(handle, replace(report, dry_run=False), marks, Meter(progress, len(marks), beat=lease.beat))
 
 
 def forget_named(handle: Handle, refs: Sequence[str | Snapshot], *, dry_run: bool = False) -> ForgetReport:
@@ -84,9 +85,11 @@ def forget_named(handle: Handle, refs: Sequence[str | Snapshot], *, dry_run: boo
     if dry_run:
         return ForgetReport((), _choices(_named_marks(handle, refs, now_ns)), (), dry_run=True)
     handle.config.check_features("write", where=backend.location)
-    with writer_lease(backend, purpose="forget", now_ns=now_ns):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(backend, purpose="forget", now_ns=now_ns, lease_s=lease_s) as lease:
         marks = _named_marks(handle, refs, now_ns)
-        return _carry_out(handle, ForgetReport((), _choices(marks), (), dry_run=False), marks, None)
+        report = ForgetReport((), _choices(marks), (), dry_run=False)
+        return _carry_out(handle, report, marks, Meter(None, len(marks), beat=lease.beat))
 
 
 def _planned(handle: Handle, keep: Keep) -> tuple[ForgetReport, Mapping[SnapshotId, SnapshotRecord]]:
@@ -96,24 +99,15 @@ def _planned(handle: Handle, keep: Keep) -> tuple[ForgetReport, Mapping[Snapshot
     return report, history.records
 
 
-def _rule_text(value: object) -> str:
-    if isinstance(value, list):
-        return ",".join(":".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
-    return str(value)
-
-
 def _mark(snapshot_id: SnapshotId, record: SnapshotRecord, *, reason: str, now_ns: int) -> Forgotten:
     return Forgotten(snapshot_id, record.parents, record.branch, record.step, record.time_ns, now_ns, reason)
 
 
-def _carry_out(
-    handle: Handle, report: ForgetReport, marks: Sequence[Forgotten], progress: Progress | None
-) -> ForgetReport:
+def _carry_out(handle: Handle, report: ForgetReport, marks: Sequence[Forgotten], meter: Meter) -> ForgetReport:
     """Write the markers, then let refs win that were made meanwhile."""
-    for count, mark in enumerate(marks, start=1):
+    for mark in marks:
         forget_snapshot(handle.backend, mark)
-        if progress is not None:
-            progress(count, len(marks))
+        meter.advance()
     won = {snapshot_id: why for snapshot_id, why in _named_by_refs(handle).items() if snapshot_id in report.forgotten}
     for snapshot_id in won:
         unforget_snapshot(handle.backend, snapshot_id)

@@ -12,7 +12,7 @@ from castore.errors import DamageError, UnknownRefError
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
 from castore.maintenance.retention import Candidate, Line
-from castore.marks import Forgotten, forgotten
+from castore.marks import Forgotten, across, forgotten
 from castore.refs import list_branches, list_tags
 from castore.snapshots import read_record
 
@@ -36,7 +36,8 @@ def read_history(backend: Backend) -> History:
     branches, tags = list_branches(backend), list_tags(backend)
     heads = _by_snapshot((ref.snapshot_id, ref.name) for ref in branches)
     tagged = _by_snapshot((ref.snapshot_id, ref.name) for ref in tags)
-    reader = _Reader(backend, forgotten(backend), heads.keys() | tagged.keys())
+    named = heads.keys() | tagged.keys()  # kept even when it has a marker
+    reader = _Reader(backend, {found: mark for found, mark in forgotten(backend).items() if found not in named})
     lines = [Line(ref.name, tuple(reader.candidates(ref.snapshot_id))) for ref in branches]
     on_branches = {found.snapshot_id for line in lines for found in line.snapshots}
     for ref in tags:
@@ -56,15 +57,11 @@ def _by_snapshot(pairs: Iterator[tuple[SnapshotId, str]]) -> dict[SnapshotId, tu
 class _Reader:
     """Reads each record once."""
 
-    def __init__(
-        self, backend: Backend, marks: Mapping[SnapshotId, Forgotten], named: frozenset[SnapshotId] | set[SnapshotId]
-    ) -> None:
+    def __init__(self, backend: Backend, marks: Mapping[SnapshotId, Forgotten]) -> None:
         self.records: dict[SnapshotId, SnapshotRecord] = {}
         self.unreadable: dict[SnapshotId, str] = {}
         self._backend = backend
         self._marks = marks
-        self._named = named
-        """What a ref names is kept even when it has a marker."""
 
     def candidates(self, head: SnapshotId) -> Iterator[Candidate]:
         """The history of a head: its first parents, newest first, then what only other parents reach, by time."""
@@ -84,22 +81,9 @@ class _Reader:
             if record is None:
                 return
             yield Candidate(current, record.step, record.time_ns, record.metrics)
-            parents = list(self._kept_parents(record))
+            parents, _ = across(record.parents, self._marks)
             current = parents[0] if parents else None
             beside.extend(parents[1:])
-
-    def _kept_parents(self, record: SnapshotRecord) -> Iterator[SnapshotId]:
-        """Its parents; in the place of a forgotten one, the parents of that."""
-        pending, passed = list(reversed(record.parents)), set[SnapshotId]()
-        while pending:
-            parent = pending.pop()
-            if parent in passed:
-                continue
-            passed.add(parent)
-            if parent in self._marks and parent not in self._named:
-                pending.extend(reversed(self._marks[parent].parents))
-            else:
-                yield parent
 
     def _read(self, snapshot_id: SnapshotId) -> SnapshotRecord | None:
         if snapshot_id not in self.records and snapshot_id not in self.unreadable:

@@ -35,8 +35,6 @@ class NeededChunks:
         self._findings = findings
         self._thinnings = thinnings
         self._collected: set[Hashable] = set()
-        self.lost_parts: dict[SnapshotId, set[ChunkId]] = {}
-        """Snapshot → its parts that cannot be read."""
         self.part_ids: set[ChunkId] = set()
         """The chunks among `lengths` that are manifest parts."""
         self._lost_parts: dict[ChunkId, tuple[str, list[SnapshotId]]] = {}
@@ -54,7 +52,6 @@ class NeededChunks:
             if part.error:
                 self.reported.add(part_id)
                 self._lost_parts.setdefault(part_id, (part.error, []))[1].append(snapshot_id)
-                self.lost_parts.setdefault(snapshot_id, set()).add(part_id)
             for path, message in (part.unresolved or {}).items():
                 self._lost_lists.setdefault(message, {}).setdefault(snapshot_id, []).append(path)
             whole = whole and not part.error and not part.unresolved

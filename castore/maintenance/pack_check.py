@@ -62,6 +62,15 @@ class Survey:
     damaged_packs: set[PackId] = field(default_factory=set)
     """Packs of which some byte is not as it was written, or cannot be read."""
 
+    @property
+    def suspect_packs(self) -> set[PackId]:
+        """Those, and packs with records whose bases are there and cannot serve: it is the record that is wrong."""
+        blamed = {parse_pack_name(fault.name) for fault in self.faults if self._is_to_blame(fault)}
+        return self.damaged_packs | {pack_id for pack_id in blamed if pack_id is not None}
+
+    def _is_to_blame(self, fault: Fault) -> bool:
+        return bool(fault.base_ids) and self.depths.keys() >= set(fault.base_ids)
+
 
 def check_packs(
     handle: Handle,
@@ -120,6 +129,7 @@ class _Check:
             return
         except CastoreError as error:
             self._findings.problem("pack", name, str(error))
+            self.survey.damaged_packs.add(pack_id)
             return
         self.survey.pack_count += 1
         try:

@@ -6,19 +6,26 @@ has gone: whoever looks for such garbage lists `parity/` first and the packs aft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from castore.backend.base import Backend, RangeReader
-from castore.errors import CastoreError, DamageError, NotFoundError, RepositoryAccessError, StorageError
+from castore.errors import (
+    CastoreError,
+    DamageError,
+    NotFoundError,
+    RepositoryAccessError,
+    RepositoryError,
+    StorageError,
+)
 from castore.format.layout import PARITY, pack_name, parity_name, parse_parity_name
 from castore.ids import PackId
 from castore.pack.reader import read_table
 from castore.parity.build import build_parity, plan_parity
 from castore.parity.code import ErasureCode
-from castore.parity.restore import RestoredPack, find_losses, open_parity, restore_pack
+from castore.parity.restore import find_losses, lost_parity_cells, open_parity
 from castore.repository import Handle
 from castore.store import check_stored, pack_sizes
 
@@ -35,8 +42,10 @@ class ParityReport:
 
     added: tuple[PackId, ...]
     added_bytes: int
+    renewed: tuple[PackId, ...]
+    """Those of `added` that had parity before, which was rotten."""
     kept_count: int
-    """Packs that had parity before."""
+    """Packs that had parity before, which was left as it is."""
     refused: tuple[tuple[PackId, str], ...]
     """Packs that are damaged already, and why: their parity would keep the damage."""
 
@@ -45,6 +54,7 @@ class ParityReport:
         return {
             "added": list(self.added),
             "added_bytes": self.added_bytes,
+            "renewed": list(self.renewed),
             "kept_count": self.kept_count,
             "refused": dict(self.refused),
         }
@@ -111,9 +121,14 @@ class ParityStatus:
 
 
 def add_parity(
-    handle: Handle, *, overhead_percent: int = OVERHEAD_PERCENT, progress: Progress | None = None
+    handle: Handle,
+    *,
+    overhead_percent: int = OVERHEAD_PERCENT,
+    data: bool = False,
+    progress: Progress | None = None,
 ) -> ParityReport:
-    """Make parity for every pack that has none, after its records were compared with their checksums.
+    """Make parity for every pack that has none, after its records were compared with their checksums; also where the
+    parity cannot be used any more, or with `data`, which reads all of it, has rotten cells.
 
     Raises UsageError, MissingExtraError, NoSpaceError or StorageError; what was added before stays.
     """
@@ -123,7 +138,10 @@ def add_parity(
     handle.config.check_features("write", where=backend.location)
     covered = parity_sizes(backend)
     sizes = pack_sizes(backend)
-    lacking = sorted(sizes.keys() - covered.keys())
+    rotten = {pack_id for pack_id in sizes.keys() & covered.keys() if _is_rotten(backend, pack_id, data=data)}
+    if rotten:
+        handle.config.check_features("gc", where=backend.location)  # it goes before the new one comes
+    lacking = sorted((sizes.keys() - covered.keys()) | rotten)
     total, done = sum(sizes[pack_id] for pack_id in lacking), 0
     added: list[PackId] = []
     added_bytes = 0
@@ -137,16 +155,34 @@ def add_parity(
 
     for pack_id in lacking:
         try:
-            added_bytes += _add(handle, pack_id, overhead_percent, advance)
+            added_bytes += _add(handle, pack_id, overhead_percent, advance, renew=pack_id in rotten)
             added.append(pack_id)
         except NotFoundError:
             continue  # it was collected meanwhile
         except (DamageError, RepositoryAccessError) as error:
             refused.append((pack_id, str(error)))
-    return ParityReport(tuple(added), added_bytes, len(sizes) - len(lacking), tuple(refused))
+    renewed = tuple(pack_id for pack_id in added if pack_id in rotten)
+    return ParityReport(tuple(added), added_bytes, renewed, len(sizes) - len(lacking), tuple(refused))
 
 
-def _add(handle: Handle, pack_id: PackId, overhead_percent: int, advance: Callable[[int], None]) -> int:
+def _is_rotten(backend: Backend, pack_id: PackId, *, data: bool) -> bool:
+    """Whether a parity file restores less than it was made for; without `data` only whether it can be used at all."""
+    name = parity_name(pack_id)
+    try:
+        reader = backend.open_reader(name)
+        try:
+            parity = open_parity(reader, pack_id, where=name)
+            is_cut = reader.size_bytes != parity.layout.file_bytes
+            return is_cut or (data and lost_parity_cells(parity) > 0)
+        finally:
+            reader.close()
+    except (DamageError, StorageError):  # also where the disk refuses to read it, and where it is gone by now
+        return True
+    except RepositoryError:
+        return False  # made by a newer castore, or not for us to read
+
+
+def _add(handle: Handle, pack_id: PackId, overhead_percent: int, advance: Callable[[int], None], *, renew: bool) -> int:
     backend = handle.backend
     reader = backend.open_reader(pack_name(pack_id))
     try:
@@ -155,6 +191,8 @@ def _add(handle: Handle, pack_id: PackId, overhead_percent: int, advance: Callab
         sink = backend.create_stream(parity_name(pack_id))
         try:
             build_parity(reader, sink, layout, pack_id, progress=advance)
+            if renew:  # its pack is whole, so nothing is lost should we end here
+                backend.delete(parity_name(pack_id))
             with suppress(_Taken):
                 _commit(backend, sink.commit, pack_id)
         finally:
@@ -226,14 +264,11 @@ def _status(handle: Handle, pack_id: PackId, pack_bytes: int, parity_bytes: int,
         parity_reader.close()
 
 
-def remove_parity(handle: Handle, *, only: Collection[PackId] | None = None) -> tuple[int, int]:
-    """Delete parity files, all or those of some packs; (files, bytes)."""
-    chosen = {
-        pack_id: size_bytes
-        for pack_id, size_bytes in parity_sizes(handle.backend).items()
-        if only is None or pack_id in only
-    }
-    removed = [size for pack_id, size in chosen.items() if handle.backend.delete(parity_name(pack_id))]
+def remove_parity(handle: Handle) -> tuple[int, int]:
+    """Delete all parity files; (files, bytes)."""
+    handle.config.check_features("write", "gc", where=handle.backend.location)
+    found = parity_sizes(handle.backend)
+    removed = [size for pack_id, size in found.items() if handle.backend.delete(parity_name(pack_id))]
     return len(removed), sum(removed)
 
 
@@ -248,41 +283,6 @@ def stale_parity(backend: Backend) -> dict[PackId, int]:
     covered = parity_sizes(backend)  # before the packs: see the head of this file
     sizes = pack_sizes(backend)
     return {pack_id: size_bytes for pack_id, size_bytes in covered.items() if pack_id not in sizes}
-
-
-def open_restored(handle: Handle, pack_id: PackId, *, name: str | None = None) -> RestoredPack | None:
-    """A pack as it was when its parity was made, to be read in ranges; None where it has no parity.
-
-    `name` is the file that holds what is left of it, the pack's own unless given (it may lie in quarantine, or not be).
-    Close it after use; restored bytes are held in memory. Raises ParityExceededError when more is lost than the parity
-    restores, another DamageError when the parity itself cannot be used, or MissingExtraError.
-    """
-    try:
-        parity_reader = handle.backend.open_reader(parity_name(pack_id))
-    except NotFoundError:
-        return None
-    try:
-        parity = open_parity(parity_reader, pack_id, where=parity_name(pack_id))
-        pack = _open_pack(handle.backend, name or pack_name(pack_id))
-        try:
-            return restore_pack(pack, parity, find_losses(pack, parity), where=parity_name(pack_id))
-        except BaseException:
-            if pack is not None:
-                pack.close()
-            raise
-    finally:
-        parity_reader.close()
-
-
-def recover(handle: Handle, pack_id: PackId, *, name: str | None = None) -> bytes | None:
-    """All bytes of a pack as it was, None where it has no parity. Else as `open_restored`."""
-    restored = open_restored(handle, pack_id, name=name)
-    if restored is None:
-        return None
-    try:
-        return restored.read(0, restored.size_bytes)
-    finally:
-        restored.close()
 
 
 def _open_pack(backend: Backend, name: str) -> RangeReader | None:

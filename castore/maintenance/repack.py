@@ -10,7 +10,6 @@ chunk is then written once more, by itself.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,14 +21,15 @@ from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
 from castore.codec.registry import CONSTANT, DELTA, DERIVED
 from castore.errors import ChunkMissingError, DamageError, NotFoundError, UsageError
-from castore.format.manifest import Entry
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId, SnapshotId
 from castore.leases import condemned_packs, writer_lease
 from castore.losses import read_losses
 from castore.maintenance.parts import PartReader
+from castore.manifests import elements_of
 from castore.marks import read_thinning
 from castore.pack.writer import SealedPack
+from castore.progress import Meter
 from castore.repository import Handle
 from castore.roots import live_roots
 from castore.snapshots import read_record
@@ -101,7 +101,8 @@ def repack(
     if level == "usual" and not flatten:
         raise UsageError("nothing to do: ask for flatten, or for level max, or both")
     handle.config.check_features("write", where=handle.backend.location)
-    with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock()):
+    lease_s = handle.config.options.lease_s
+    with writer_lease(handle.backend, purpose="repack", now_ns=handle.clock(), lease_s=lease_s) as lease:
         handle.store.refresh()
         wanted, doubtful = _chunks_of(handle, _live_snapshots(handle) if snapshots is None else snapshots)
         # Condemned packs may be read as long as they stand; whether new records may rest on them is checked at the end.
@@ -115,7 +116,8 @@ def repack(
         plan = plan_repack(wanted, resting, flatten=flatten, thorough=level == "max")
         if dry_run:
             return _report(plan, (), dry_run=True)
-        sealed = _Repack(handle, thorough=level == "max", flatten=flatten, progress=progress).execute(plan)
+        work = _Repack(handle, thorough=level == "max", flatten=flatten, progress=progress, beat=lease.beat)
+        sealed = work.execute(plan)
     return _report(plan, sealed, dry_run=False)
 
 
@@ -139,11 +141,14 @@ def plan_repack(
 class _Repack:
     """Carries a plan out."""
 
-    def __init__(self, handle: Handle, *, thorough: bool, flatten: bool, progress: Progress | None) -> None:
+    def __init__(
+        self, handle: Handle, *, thorough: bool, flatten: bool, progress: Progress | None, beat: Callable[[], None]
+    ) -> None:
         self._handle = handle
         self._thorough = thorough
         self._flatten = flatten
         self._progress = progress
+        self._beat = beat
 
     def execute(self, plan: Sequence[Rewrite]) -> list[SealedPack]:
         """Write, durably, then check; the packs."""
@@ -167,14 +172,12 @@ class _Repack:
             compression="auto",
             now_ns=handle.clock(),
         )
-        total_bytes, done_bytes = sum(rewrite.raw_bytes for rewrite in plan), 0
+        meter = Meter(self._progress, sum(rewrite.raw_bytes for rewrite in plan), beat=self._beat)
         try:
             for rewrite in plan:
                 encode = partial(self._encode, rewrite, flatten=flatten)
                 writer.put_coded(rewrite.chunk_id, encode, raw_bytes=rewrite.raw_bytes, kind=RecordKind.LEAF)
-                done_bytes += rewrite.raw_bytes
-                if self._progress is not None:
-                    self._progress(done_bytes, total_bytes)
+                meter.advance(rewrite.raw_bytes)
             sealed = writer.finish()
         except BaseException:
             writer.abort()
@@ -261,20 +264,3 @@ def _chunks_of(handle: Handle, snapshots: Iterable[SnapshotId]) -> tuple[dict[Ch
                 if not is_lossy:
                     certain.update(chunk_ids)
     return found, frozenset(found.keys() - certain)
-
-
-_TORCH_NAME = re.compile(r"(b?float|complex|u?int)(\d+)")
-_NUMPY_NAME = re.compile(r"[<|=]([fciub])(\d+)")
-
-
-def elements_of(entry: Entry) -> Elements:
-    """What the manifest's dtype says of the numbers in a leaf: advice for the chooser, without torch or numpy."""
-    torch_name, numpy_name = _TORCH_NAME.match(entry.dtype), _NUMPY_NAME.fullmatch(entry.dtype)
-    if numpy_name:
-        kind, width = numpy_name[1], int(numpy_name[2])
-    elif torch_name:
-        kind, width = torch_name[1].removeprefix("b")[0], int(torch_name[2]) // 8
-    else:
-        return Elements()
-    width = width // 2 if kind == "c" else width
-    return Elements(width, is_float=kind in "fc") if width in (1, 2, 4, 8) else Elements()

@@ -4,7 +4,7 @@ For repair, which takes from it what the repository itself has lost:
 
     RepositorySource(restoring_handle(handle), handle.hasher)
 
-and for reading in an emergency. Read-only: nothing here writes, and the packs themselves stay as they are.
+Read-only: nothing here writes, and the packs themselves stay as they are.
 """
 
 from __future__ import annotations

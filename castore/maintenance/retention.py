@@ -86,6 +86,18 @@ class Keep:
         values["branches"] = list(self.branches)
         return {name: value for name, value in values.items() if value}
 
+    def text(self) -> str:
+        """As in "last 3, every 1000, best val_loss:min:2"."""
+        pieces: list[str] = []
+        for name, value in self.to_json().items():
+            if name == "best":
+                pieces.extend(f"best {':'.join(map(str, rule))}" for rule in value)
+            elif name == "branches":
+                pieces.extend(f"branch {pattern}" for pattern in value)
+            else:
+                pieces.append(f"{name} {value}")
+        return ", ".join(pieces)
+
     @staticmethod
     def from_json(values: Mapping[str, Any], *, where: str) -> Keep:
         """The policy behind `to_json`. Raises FormatError."""

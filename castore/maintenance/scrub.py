@@ -4,10 +4,11 @@
                                                                 └──▶ faults, for the walk over the structure
 
 The memory is a file of the cache: when it is gone or damaged, every pack counts as never read. It says when every byte
-of a pack was last found to be right, so a pack with damage is not in it and comes first the next time.
+of a pack was last read, and whether all was right. A pack with damage waits its turn like any other, so that those
+behind it are reached, but never counts as read lately; until it is read again, every run says what is known of it.
 
-    cache/scrub      0   8  magic "CASTSCRB"
-                     8      rows of 24 bytes: pack id (16), ns since 1970 (8)
+    cache/scrub      0   8  magic "CASTSCR2"
+                     8      rows of 25 bytes: pack id (16), ns since 1970 (8), 1 where it was damaged, else 0 (1)
                    end   8  xxh3-64 of all before
 """
 
@@ -31,13 +32,22 @@ from castore.maintenance.tables import read_rows
 from castore.repository import Handle
 
 SCRUB_MEMORY = f"{CACHE}scrub"
-_MAGIC = b"CASTSCRB"
-_ROW = struct.Struct(f"<{PACK_ID_BYTES}sQ")
+_MAGIC = b"CASTSCR2"
+_ROW = struct.Struct(f"<{PACK_ID_BYTES}sQ?")
 _BYTES_MAX = 256 * 1024 * 1024
 """More than ten million packs."""
 
-Memory = Mapping[PackId, int]
-"""Pack → when all of it was last read and found right, ns since 1970."""
+
+@dataclass(frozen=True, slots=True)
+class LastRead:
+    """The last reading of a whole pack."""
+
+    time_ns: int
+    """Since 1970."""
+    was_damaged: bool = False
+
+
+Memory = Mapping[PackId, LastRead]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class ScrubPlan:
     order: tuple[PackId, ...]
     """The least recently read first."""
     recent: tuple[PackId, ...]
-    """Read lately, so left out."""
+    """Read lately and found right, so left out."""
 
 
 @dataclass(slots=True)
@@ -56,18 +66,25 @@ class Scrubbed:
 
     whole: set[PackId] = field(default_factory=set)
     damaged: set[PackId] = field(default_factory=set)
+    """Also packs that cannot be opened."""
     faults: dict[tuple[str, int], Fault] = field(default_factory=dict)
     """(pack file, offset) → what is wrong with the record."""
     checked_bytes: int = 0
 
 
 def plan_scrub(pack_ids: Collection[PackId], memory: Memory, *, now_ns: int, max_age_s: float | None) -> ScrubPlan:
-    """Pure: the packs that were not read within `max_age_s` (None: all), those first that wait longest."""
+    """Pure: the packs that were not found right within `max_age_s` (None: all), those first that wait longest."""
     oldest_ns = now_ns + 1 if max_age_s is None else now_ns - int(max_age_s * 1e9)
-    due = sorted((memory.get(pack_id, 0), pack_id) for pack_id in pack_ids)
+    never = LastRead(0)
+
+    def is_recent(pack_id: PackId) -> bool:
+        last = memory.get(pack_id, never)
+        return last.time_ns >= oldest_ns and not last.was_damaged
+
+    waiting = sorted(pack_ids, key=lambda pack_id: (memory.get(pack_id, never).time_ns, pack_id))
     return ScrubPlan(
-        tuple(pack_id for read_ns, pack_id in due if read_ns < oldest_ns),
-        tuple(pack_id for read_ns, pack_id in due if read_ns >= oldest_ns),
+        tuple(pack_id for pack_id in waiting if not is_recent(pack_id)),
+        tuple(pack_id for pack_id in waiting if is_recent(pack_id)),
     )
 
 
@@ -94,8 +111,11 @@ def _scrub_pack(handle: Handle, pack_id: PackId, findings: Findings, threads: Th
     name, hasher = pack_name(pack_id), handle.hasher
     try:
         reader = handle.backend.open_reader(name)
+    except NotFoundError:
+        return  # gone meanwhile
     except CastoreError:
-        return  # gone meanwhile, or the walk over the structure says what is wrong with it
+        result.damaged.add(pack_id)  # the walk over the structure says what is wrong with it
+        return
     try:
         rows, error = read_rows(reader, pack_id, hasher)
         sound = not error and check_headers(reader, rows, pack_id, hasher, findings)
@@ -112,7 +132,7 @@ def _scrub_pack(handle: Handle, pack_id: PackId, findings: Findings, threads: Th
             for record, fault in checked:
                 result.checked_bytes += record.row.stored_bytes
                 if fault is not None:
-                    sound = False
+                    sound = sound and bool(fault.base_ids)  # what only lost its base is as it was written
                     result.faults[name, record.row.offset] = fault
         (result.whole if sound else result.damaged).add(pack_id)
     finally:
@@ -122,9 +142,9 @@ def _scrub_pack(handle: Handle, pack_id: PackId, findings: Findings, threads: Th
 def count(plan: ScrubPlan, result: Scrubbed, memory: Memory) -> ScrubCount:
     """For the report; `memory` is that of after the run."""
     read_count = len(result.whole) + len(result.damaged)
-    times = [memory.get(pack_id) for pack_id in (*plan.order, *plan.recent) if pack_id not in result.damaged]
-    known = [read_ns for read_ns in times if read_ns is not None]
-    oldest_ns = min(known) if known and len(known) == len(times) else None
+    pack_ids = (*plan.order, *plan.recent)
+    times = [memory[pack_id].time_ns for pack_id in pack_ids if pack_id in memory]
+    oldest_ns = min(times) if times and len(times) == len(pack_ids) else None
     return ScrubCount(read_count, len(plan.recent), len(plan.order) - read_count, oldest_ns)
 
 
@@ -150,9 +170,9 @@ def remember(
             old = None
         except CastoreError:
             return {}
-        kept = {pack_id: read_ns for pack_id, read_ns in _decode(old or b"").items() if pack_id in there}
-        merged = {**kept, **dict.fromkeys(whole, now_ns)}
-        memory = {pack_id: read_ns for pack_id, read_ns in merged.items() if pack_id not in damaged}
+        kept = {pack_id: last for pack_id, last in _decode(old or b"").items() if pack_id in there}
+        now, now_damaged = LastRead(now_ns), LastRead(now_ns, was_damaged=True)
+        memory = {**kept, **dict.fromkeys(whole, now), **dict.fromkeys(damaged, now_damaged)}
         swapped = True
         with suppress(CastoreError):  # a read-only mount
             swapped = backend.compare_and_swap(SCRUB_MEMORY, expected=old, new=_encode(memory))
@@ -161,14 +181,20 @@ def remember(
 
 
 def _encode(memory: Memory) -> bytes:
-    rows = b"".join(_ROW.pack(bytes.fromhex(pack_id), read_ns) for pack_id, read_ns in sorted(memory.items()))
+    rows = b"".join(
+        _ROW.pack(bytes.fromhex(pack_id), memory[pack_id].time_ns, memory[pack_id].was_damaged)
+        for pack_id in sorted(memory)
+    )
     body = _MAGIC + rows
     return body + checksum(body).to_bytes(8, "little")
 
 
-def _decode(data: bytes) -> dict[PackId, int]:
+def _decode(data: bytes) -> dict[PackId, LastRead]:
     body, sum_ = data[:-8], data[-8:]
     rows = body[len(_MAGIC) :]
     if not body.startswith(_MAGIC) or len(rows) % _ROW.size or checksum(body).to_bytes(8, "little") != sum_:
         return {}
-    return {PackId(pack_id.hex()): read_ns for pack_id, read_ns in _ROW.iter_unpack(rows)}
+    return {
+        PackId(pack_id.hex()): LastRead(time_ns, was_damaged)
+        for pack_id, time_ns, was_damaged in _ROW.iter_unpack(rows)
+    }

@@ -21,6 +21,7 @@ from castore.leases import writer_lease
 from castore.maintenance.lines import read_history
 from castore.maintenance.retention import Duration, Line, duration_ns
 from castore.marks import Thinning, read_thinning, thin_snapshot, unthin_snapshot
+from castore.progress import Meter
 from castore.refs import list_branches, list_tags, resolve
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
@@ -175,19 +176,20 @@ def _thin(
     dry_run: bool,
     progress: Progress | None,
 ) -> ThinReport:
-    def planned() -> tuple[ThinReport, Mapping[SnapshotId, str]]:
+    def planned(beat: Callable[[], None] | None = None) -> tuple[ThinReport, Mapping[SnapshotId, str]]:
         chosen, named = choose()
-        report = _planned(handle, chosen, globs, must_match=must_match, mend=not named, progress=progress)
-        return report, named
+        meter = Meter(progress, len(chosen), beat=beat)
+        return _planned(handle, chosen, globs, must_match=must_match, mend=not named, meter=meter), named
 
     if dry_run:
         return planned()[0]
     handle.config.check_features("write", where=handle.backend.location)
-    now_ns = handle.clock()
-    with writer_lease(handle.backend, purpose="thin", now_ns=now_ns):
-        report, named = planned()
+    now_ns, lease_s = handle.clock(), handle.config.options.lease_s
+    with writer_lease(handle.backend, purpose="thin", now_ns=now_ns, lease_s=lease_s) as lease:
+        report, named = planned(lease.beat)
         before = {choice.snapshot_id: _overlay(handle, choice.snapshot_id, mend=not named) for choice in report.thinned}
         for choice in report.thinned:
+            lease.beat()
             thin_snapshot(handle.backend, Thinning(choice.snapshot_id, choice.dropped, now_ns))
         return _yielded(handle, replace(report, dry_run=False), before, named)
 
@@ -199,25 +201,24 @@ def _planned(
     *,
     must_match: bool,
     mend: bool,
-    progress: Progress | None,
+    meter: Meter,
 ) -> ThinReport:
     thinned: list[ThinChoice] = []
     skipped: dict[SnapshotId, str] = {}
     matched = False
-    for count, snapshot_id in enumerate(chosen, start=1):
+    for snapshot_id in chosen:
         overlay = _overlay(handle, snapshot_id, mend=mend)
         earlier = overlay.dropped if overlay is not None else ()
         if set(globs) <= set(earlier):
             matched = True  # it was thinned like this before, because they matched
-            continue
-        choice, why = _choice(handle, snapshot_id, globs, earlier)
-        matched = matched or choice is not None or "left" in why
-        if choice is not None:
-            thinned.append(choice)
         else:
-            skipped[snapshot_id] = why
-        if progress is not None:
-            progress(count, len(chosen))
+            choice, why = _choice(handle, snapshot_id, globs, earlier)
+            matched = matched or choice is not None or "left" in why
+            if choice is not None:
+                thinned.append(choice)
+            else:
+                skipped[snapshot_id] = why
+        meter.advance()
     if must_match and chosen and not matched:
         raise PathNotFoundError(
             f"thin: none of the {len(chosen)} snapshots has a leaf that matches {', '.join(globs)}; `castore show` "

@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from castore.errors import CastoreError, UnknownRefError
-from castore.format.layout import CACHE, PACKS, SNAPSHOTS, pack_name, parse_pack_name, parse_snapshot_name
+from castore.format.layout import (
+    CACHE,
+    PACKS,
+    PARITY,
+    QUARANTINE,
+    SNAPSHOTS,
+    pack_name,
+    parse_pack_name,
+    parse_snapshot_name,
+)
 from castore.format.pack import Row
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import PackId, SnapshotId
@@ -104,13 +113,17 @@ class Usage:
     """Of the snapshot files."""
     cache_bytes: int
     """Of the index; it may be deleted."""
+    parity_bytes: int
+    """Of the parity of packs."""
+    quarantine_bytes: int
+    """Of what repairs put aside; it may be deleted."""
     unreadable: tuple[str, ...]
     """Files and manifest parts that are damaged: what they hold is missing above."""
 
     @property
     def total_bytes(self) -> int:
-        """All files."""
-        return self.pack_bytes + self.snapshot_bytes + self.cache_bytes
+        """All files but refs, marks and the like, which are small."""
+        return self.pack_bytes + self.parity_bytes + self.snapshot_bytes + self.cache_bytes + self.quarantine_bytes
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -159,9 +172,15 @@ def usage(handle: Handle, *, depth: int = 1, progress: Progress | None = None) -
         overhead_bytes=pack_bytes - leaf_bytes - manifest_bytes - totals.unreferenced_bytes,
         forgotten_count=forgotten_count,
         snapshot_bytes=snapshot_bytes,
-        cache_bytes=sum(info.size_bytes for info in handle.backend.list(CACHE)),
+        cache_bytes=_listed_bytes(handle, CACHE),
+        parity_bytes=_listed_bytes(handle, PARITY),
+        quarantine_bytes=_listed_bytes(handle, QUARANTINE),
         unreadable=(*unreadable, *tally.unreadable),
     )
+
+
+def _listed_bytes(handle: Handle, prefix: str) -> int:
+    return sum(info.size_bytes for info in handle.backend.list(prefix))
 
 
 def _read_records(handle: Handle, unreadable: list[str]) -> tuple[dict[SnapshotId, SnapshotRecord], int]:

@@ -139,11 +139,6 @@ class RestoredPack:
         """Of the whole pack."""
         return self._layout.pack_bytes
 
-    @property
-    def restored_bytes(self) -> int:
-        """That do not come from the pack itself."""
-        return sum(len(cell) for cell in self._cells.values())
-
     def read_into(self, offset: int, target: memoryview) -> None:
         """See RangeReader.read_into."""
         end = offset + len(target)

@@ -233,7 +233,7 @@ class _Run:
         if self._target.config.options.compression == "none":
             for entry in run_leaves(kept):
                 sender.send_run(entry)
-        sender.send(needs, bases=self._bases(record, kept))
+        sender.send(needs, bases=self._bases(record, kept) if sender.takes_bases else {})
         if sender.same_hash:
             return snapshot_id, self._file_of(snapshot_id)
         return self._rehashed(snapshot_id, record, entries)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,8 @@ from castore.format.manifest import Entry, chunk_bytes
 from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId
-from castore.manifests import split_ids
+from castore.manifests import elements_of, split_ids
 from castore.options import PART_CHUNKS_MAX, RUN_BYTES_MIN
-
-_WIDTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +51,3 @@ def manifest_needs(record: SnapshotRecord, entries: Iterable[Entry], *, id_bytes
 def run_leaves(entries: Sequence[Entry]) -> list[Entry]:
     """The leaves that a repository without compression stores as runs, so that they can be mapped."""
     return [entry for entry in entries if entry.chunks and entry.raw_bytes >= RUN_BYTES_MIN]
-
-
-def elements_of(entry: Entry) -> Elements:
-    """Width and kind of the numbers in an array, from its type's name alone: torch may not be here."""
-    count = math.prod(entry.shape)
-    if not entry.dtype or not count or entry.raw_bytes % count:
-        return PLAIN
-    width, name = entry.raw_bytes // count, entry.dtype
-    is_complex = name.startswith("complex") or name[1:2] == "c"
-    is_float = is_complex or name.startswith(("float", "bfloat")) or (name[:1] in "<=" and name[1:2] == "f")
-    width = width // 2 if is_complex else width
-    return Elements(width, is_float=is_float) if width in _WIDTHS else PLAIN

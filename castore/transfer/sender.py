@@ -17,7 +17,7 @@ Belongs to one thread.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -99,6 +99,8 @@ class Sender:
         self._now_ns = now_ns
         self._compression = target.config.options.compression
         self._copies = not reencode and self._compression == source.config.options.compression
+        self.takes_bases = not self._copies and self._compression == "auto"
+        """Whether what is sent may rest on `bases` of `send`."""
         self._progress = progress
         self._pack_bytes_max = pack_bytes_max
         self.there = TargetChunks(target, check=check, knows_ids=self.same_hash)
@@ -202,10 +204,12 @@ class Sender:
     ) -> list[_Item]:
         """The chunks in the order in which they are sent: bases before what rests on them."""
         if not self._copies:
+            self._look_up(bases[chunk_id] for chunk_id in lacking if chunk_id in bases)
             return [self._anew(chunk_id, needs[chunk_id], bases) for chunk_id in lacking]
         rows = {chunk_id: hits[0] for chunk_id, hits in self.source.store.locate(lacking).items() if hits}
         all_needs = {**dict.fromkeys(rows), **{chunk_id: needs[chunk_id] for chunk_id in lacking}}
         self._add_shared_bases(rows, all_needs)
+        self._look_up(base for location in rows.values() for base in location.row.base_ids)
         order = sorted(
             (chunk_id for chunk_id in all_needs if chunk_id in rows),
             key=lambda chunk_id: (rows[chunk_id].row.depth, rows[chunk_id].pack_id, rows[chunk_id].row.offset),
@@ -229,6 +233,7 @@ class Sender:
         """Let bases travel that no snapshot needs, where several chunks rest on them."""
         while True:
             resting = Counter(base for location in rows.values() for base in location.row.base_ids)
+            self._look_up(resting)
             like = {base: needs[chunk_id] for chunk_id, location in rows.items() for base in location.row.base_ids}
             shared = {
                 base: like[base]
@@ -240,6 +245,11 @@ class Sender:
                 return
             rows.update(found)
             needs.update((base, shared[base]) for base in found)
+
+    def _look_up(self, chunk_ids: Iterable[ChunkId]) -> None:
+        """See which of these the target has, together: what asks for each of them is then answered from memory."""
+        target_ids = (self.target_id(chunk_id) for chunk_id in chunk_ids)
+        self.there.find_present(target_id for target_id in target_ids if target_id is not None)
 
     def _has(self, chunk_id: ChunkId) -> bool:
         target_id = self.target_id(chunk_id)
@@ -261,7 +271,7 @@ class Sender:
 
     def _anew(self, chunk_id: ChunkId, need: Need, bases: Mapping[ChunkId, ChunkId]) -> _Item:
         """A chunk to encode by the target's options, with the base that a save would take."""
-        base = bases.get(chunk_id) if self._compression == "auto" else None
+        base = bases.get(chunk_id)
         while base is not None and not self._usable(base, below=DELTA_DEPTH_MAX):
             target_id = self.target_id(base)
             stored = self.there.stored(target_id) if target_id is not None else None

@@ -42,6 +42,8 @@ class TargetChunks:
         self._condemned = condemned_packs(target.backend)
         self._listing = target.store.refresh()
         self._stored: dict[ChunkId, Stored] = {}
+        self._absent: set[ChunkId] = set()
+        """Looked up in vain; what others bring meanwhile need not be seen: it is only sent once more."""
         self._sound: dict[Location, bool] = {}
 
     @property
@@ -60,12 +62,13 @@ class TargetChunks:
         self._condemned = condemned
         self._listing = self._target.store.refresh()
         self._stored.clear()
+        self._absent.clear()
         return True
 
     def find_present(self, target_ids: Iterable[ChunkId]) -> frozenset[ChunkId]:
         """Those that the target has, with their bases, in packs that stay."""
         wanted = set(target_ids)
-        unknown = wanted - self._stored.keys()
+        unknown = wanted - self._stored.keys() - self._absent
         if unknown:
             found = closure(unknown, self._target.store, self._condemned)
             if self._check and not all(self._are_sound(rests_on) for rests_on in found.values()):
@@ -76,6 +79,7 @@ class TargetChunks:
                 row = rests_on[0].row
                 base = row.base_ids[0] if self._knows_ids and row.chain == (DELTA,) else None
                 self._stored[chunk_id] = Stored(row.depth, base, rests_on)
+            self._absent |= unknown - found.keys()
         return frozenset(wanted & self._stored.keys())
 
     def _are_sound(self, locations: Locations) -> bool:
@@ -103,6 +107,7 @@ class TargetChunks:
 
     def note(self, target_id: ChunkId, stored: Stored) -> None:
         """This run has put a chunk into a pack."""
+        self._absent.discard(target_id)
         self._stored[target_id] = stored
 
     def add_pack(self, sealed: SealedPack) -> None:

@@ -53,7 +53,7 @@ def test_forgotten_snapshots_are_listed_and_come_back(repository: Repository) ->
         (ids[1], 2, "main", True),
         (ids[0], 1, "main", True),
     ]
-    assert listed[0].reason == "policy last=1"
+    assert listed[0].reason == "policy: last 1"
     assert json.loads(json.dumps(listed[0].to_json()))["is_there"] is True
     report = repository.undelete([ids[1][:10]])
     assert report.restored == ((ids[1], "forgotten"),)

@@ -39,6 +39,16 @@ def test_status_tells_what_is_lost_and_exits_with_3(run, store: Path) -> None:
     assert sum(found["lost_cells"] for found in document["packs"]) == 1
 
 
+def test_rotten_parity_is_added_again(run, store: Path) -> None:
+    run("parity", "add")
+    path = max(store.glob("parity/*/*"), key=lambda path: path.stat().st_size)
+    path.write_bytes(b"torn")
+    added = run("parity", "add", "--data").lines[-1]
+    assert added.startswith("added parity to 1 pack, ")
+    assert "to 1 of them anew: theirs was rotten" in added
+    assert run("parity", "status", "--data").code == 0
+
+
 def test_wrong_usage_exits_with_2(run) -> None:
     for arguments in (
         ("parity",),

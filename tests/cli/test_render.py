@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from castore.cli import render
+from castore.cli.command import App
 from castore.cli.render import Table, age, clean, clean_lines, jsonable, number, plain_table, plural, share, size
 
 
@@ -97,3 +98,27 @@ def test_progress_draws_only_when_work_takes_long(capsys: pytest.CaptureFixture[
     finally:
         patch.undo()
     assert capsys.readouterr().out == ""
+
+
+def test_phases_have_a_bar_each_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[object, ...]] = []
+
+    class Bar:
+        def __init__(self, label: str) -> None:
+            self._label = label
+
+        def update(self, done: int, total: int) -> None:
+            heard.append((self._label, done, total))
+
+        def close(self) -> None:
+            heard.append((self._label, "closed"))
+
+    monkeypatch.setattr(render, "ProgressBar", Bar)
+    with App(None, as_json=False).phases() as nobody_looks:
+        assert nobody_looks is None
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with App(None, as_json=False).phases() as show:
+        assert show is not None
+        for phase, done in (("mark", 1), ("mark", 2), ("sweep", 1)):
+            show(phase, done, 2)
+    assert heard == [("mark", 1, 2), ("mark", 2, 2), ("mark", "closed"), ("sweep", 1, 2), ("sweep", "closed")]

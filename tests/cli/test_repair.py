@@ -42,11 +42,22 @@ def test_yes_acts_and_verify_is_quiet_about_what_is_known(run: Run, store: Path)
     assert not path.exists()
     (moved,) = (store / "quarantine").glob(f"*/packs/*/{path.name}")
     assert moved.is_file()
+    assert any(line.startswith("quarantine, yours to delete: ") for line in run("du").lines)
     verified = run("verify", "--data")
     assert verified.code == 0
     assert "known to be lost, as repairs have found:" in verified.lines
     assert run("verify", "--data", "--json").json["lost_snapshots"]
     assert run("repair", "--json").json["plan"]["salvages"] == []
+
+
+def test_marks_that_will_say_nothing_are_part_of_the_plan(run: Run, store: Path) -> None:
+    flip_largest_pack(store)
+    run("verify", "--data")
+    (mark,) = (store / "damaged").iterdir()
+    assert run("repair", "--json").json["plan"]["stale_marks"] == [f"damaged/{mark.name}"]
+    assert "take away 1 mark of damage that is mended by then" in run("repair").lines
+    run("repair", "--yes")
+    assert not list((store / "damaged").iterdir())
 
 
 def test_another_repository_or_a_file_heals(run: Run, store: Path, tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.cli.exits import Exit
-from castore.cli.retention import rules_text
 from castore.format.layout import snapshot_name
-from castore.maintenance.retention import Keep
 from tests.suites.collector import collect
 
 
@@ -202,8 +200,3 @@ def test_what_can_mean_nothing_is_wrong_usage_and_changes_nothing(run, repo: Rep
 
 def test_a_glob_that_matches_nothing_is_not_found(run) -> None:
     assert run("forget", "--thin", "optimiser/**", "--older-than", 1).code == Exit.NOT_FOUND
-
-
-def test_rules_read_as_they_are_written() -> None:
-    keep = Keep(last=3, every=10, best=(("a:b", "min", 1), ("c", "max", 2)), branches=("x*",))
-    assert rules_text(keep.to_json()) == "last 3, every 10, best a:b:min:1, best c:max:2, branch x*"

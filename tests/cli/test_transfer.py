@@ -54,6 +54,17 @@ def test_a_change_of_hash_shows_which_snapshot_became_which(run, castore_command
     assert castore_command("-R", tmp_path / "strong", "verify", "--data").code == 0
 
 
+def test_a_pull_speaks_from_the_side_of_the_one_who_pulls(castore_command, store: Path, tmp_path: Path) -> None:
+    """Ids that are here were said to be there, and what was fetched to be sent."""
+    castore.init(tmp_path / "strong", hash="blake3").close()
+    planned = castore_command("-R", tmp_path / "strong", "pull", store, "main", "--dry-run")
+    assert planned.lines[-1].startswith("would fetch 3 snapshots, ")
+    assert planned.lines[-1].endswith(" there")
+    shown = castore_command("-R", tmp_path / "strong", "pull", store, "main")
+    assert sum(line.endswith(" here") for line in shown.lines) == 3
+    assert shown.lines[-1].startswith("fetched 3 snapshots, ")
+
+
 def test_conflicts_exit_with_5_and_what_is_not_there_with_4(run, castore_command, store: Path, other: Path) -> None:
     assert run("push", other).code == 0
     with castore.open(other) as repo:

@@ -7,19 +7,17 @@ import pytest
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.errors import ParityExceededError, UsageError
+from castore.errors import StorageError, UsageError
 from castore.format.layout import pack_name, parity_name
 from castore.maintenance.parity import (
     add_parity,
-    open_restored,
     parity_sizes,
     parity_status,
-    recover,
     remove_parity,
     stale_parity,
 )
-from castore.pack.reader import read_table
-from tests.checkpoint.damage import replace_file, rows_of
+from castore.maintenance.restoring import restoring_handle
+from tests.checkpoint.damage import flip_bit, replace_file, rows_of
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, create_on, files_of, open_on, packs_of
 from tests.suites.fault_backend import Fault, FaultBackend, SimulatedCrash
 
@@ -37,6 +35,14 @@ def repo() -> Repository:
 
 def read_pack(repo: Repository, pack_id: str) -> bytes:
     return files_of(repo.handle.backend)[f"packs/{pack_id[:2]}/{pack_id}.pack"]
+
+
+def through_parity(repo: Repository, pack_id: str) -> bytes:
+    reader = restoring_handle(repo.handle).backend.open_reader(f"packs/{pack_id[:2]}/{pack_id}.pack")
+    try:
+        return reader.read(0, reader.size_bytes)
+    finally:
+        reader.close()
 
 
 def test_parity_is_added_to_the_packs_that_lack_it_and_reading_needs_none(repo) -> None:
@@ -66,7 +72,7 @@ def test_a_rotten_stretch_is_restored_bit_for_bit(repo) -> None:
     add_parity(repo.handle, overhead_percent=20)
     for pack_id in packs_of(repo):
         whole = read_pack(repo, pack_id)
-        assert recover(repo.handle, pack_id) == whole
+        assert through_parity(repo, pack_id) == whole
         damaged = bytearray(whole)
         damaged[30_000:42_000] = bytes(12_000)
         damaged[-40:] = b"?" * 40
@@ -77,45 +83,22 @@ def test_a_rotten_stretch_is_restored_bit_for_bit(repo) -> None:
     assert not status.ok
     assert all(pack.can_restore and pack.lost_cells for pack in status.packs)
     for pack_id in packs_of(left):
-        restored = open_restored(left.handle, pack_id)
-        assert restored is not None
-        rows = read_table(restored, where="restored", expected_id=pack_id, hasher=left.handle.hasher)
-        assert rows
-        restored.close()
-        whole_again = recover(left.handle, pack_id)
-        assert whole_again is not None
-        replace_file(left.handle.backend, pack_name(pack_id), whole_again)
+        replace_file(left.handle.backend, pack_name(pack_id), through_parity(left, pack_id))
     mended = open_on(repo.handle.backend)
     assert mended.verify(data=True).ok
     assert parity_status(mended.handle, data=True).ok
 
 
-def test_what_is_left_of_a_pack_may_lie_elsewhere(repo) -> None:
-    add_parity(repo.handle)
-    pack_id = min(packs_of(repo))
-    whole = read_pack(repo, pack_id)
-    repo.handle.backend.delete(pack_name(pack_id))
-    repo.handle.backend.put_if_absent("quarantine/left", whole[:-3000])
-    assert recover(repo.handle, pack_id, name="quarantine/left") == whole
-    with pytest.raises(ParityExceededError):
-        recover(repo.handle, pack_id)
-
-
-def test_more_than_the_parity_restores_is_a_typed_error_and_changes_nothing(repo) -> None:
+def test_more_than_the_parity_restores_is_told_and_changes_nothing(repo) -> None:
     add_parity(repo.handle)
     pack_id = max(packs_of(repo), key=lambda pack: len(read_pack(repo, pack)))
     whole = read_pack(repo, pack_id)
-    replace_file(repo.handle.backend, pack_name(pack_id), bytes(len(whole) // 2) + whole[len(whole) // 2 :])
+    damaged = bytes(len(whole) // 2) + whole[len(whole) // 2 :]
+    replace_file(repo.handle.backend, pack_name(pack_id), damaged)
     before = files_of(repo.handle.backend)
-    with pytest.raises(ParityExceededError, match=pack_id):
-        recover(repo.handle, pack_id)
+    assert through_parity(repo, pack_id) == damaged
     assert files_of(repo.handle.backend) == before
     assert [pack.can_restore for pack in parity_status(repo.handle, data=True).packs if pack.lost_cells] == [False]
-
-
-def test_without_parity_nothing_is_restored(repo) -> None:
-    for pack_id in packs_of(repo):
-        assert recover(repo.handle, pack_id) is None
 
 
 def test_no_parity_is_made_for_a_pack_that_is_rotten_already(repo) -> None:
@@ -141,6 +124,42 @@ def test_damage_of_the_parity_file_itself_is_told(repo) -> None:
     (broken,) = [pack for pack in status.packs if pack.error]
     assert broken.pack_id == pack_id
     assert not broken.can_restore
+
+
+def test_rotten_parity_is_made_anew_unless_its_pack_needs_it(repo) -> None:
+    """It counted as there, so it could only be removed, all of it, and made again."""
+    backend = repo.handle.backend
+    add_parity(repo.handle)
+    made = files_of(backend, "parity/")
+    first, second = sorted(packs_of(repo))
+    torn, rotten = parity_name(first), parity_name(second)
+    replace_file(backend, torn, made[torn][: len(made[torn]) // 2])
+    flip_bit(backend, rotten, len(made[rotten]) // 2)
+    assert add_parity(repo.handle).renewed == (first,)
+    assert add_parity(repo.handle, data=True).renewed == (second,)
+    assert files_of(backend, "parity/") == made
+    again = add_parity(repo.handle, data=True)
+    assert (again.added, again.kept_count) == ((), 2)
+
+    flip_bit(backend, rotten, len(made[rotten]) // 2)
+    row = max(rows_of(repo, second), key=lambda row: row.stored_bytes)
+    flip_bit(backend, pack_name(second), row.offset + 9)
+    report = add_parity(open_on(backend).handle, data=True)
+    assert [pack_id for pack_id, _ in report.refused] == [second]
+    assert not open_on(backend).repair().losses
+
+
+def test_parity_that_the_disk_refuses_to_read_is_made_anew(repo) -> None:
+    add_parity(repo.handle)
+    first = min(packs_of(repo))
+    hooked = HookedBackend(repo.handle.backend)
+
+    def refuse(operation: str, name: str) -> None:
+        if (operation, name) == ("open_reader", parity_name(first)):
+            raise StorageError(f"{name}: cannot read: Input/output error")
+
+    hooked.hook = refuse
+    assert add_parity(open_on(hooked).handle).renewed == (first,)
 
 
 def test_parity_without_its_pack_is_garbage(repo) -> None:

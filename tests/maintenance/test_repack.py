@@ -10,14 +10,13 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.codec.base import Elements
 from castore.codec.registry import CONSTANT, DELTA, DERIVED
 from castore.errors import CastoreError, ChecksumError, ChunkMissingError, UnknownRefError, UsageError
 from castore.format.layout import GC, SNAPSHOTS
 from castore.format.pack import Row
 from castore.ids import ChunkId
 from castore.leases import list_leases
-from castore.maintenance.repack import elements_of
+from castore.options import RepositoryOptions
 from castore.repository import Handle
 from castore.store import Locations, preference
 from tests.checkpoint.damage import damage_leaf
@@ -30,7 +29,6 @@ from tests.checkpoint.repositories import (
     open_on,
     packs_of,
 )
-from tests.checkpoint.test_bases import entry
 from tests.checkpoint.test_deltas import check, chunks_of
 
 State = dict[str, Any]
@@ -263,32 +261,6 @@ def test_a_repository_without_compression_can_be_archived() -> None:
     check(open_on(repo.handle.backend), [snapshot])
 
 
-# ---- elements ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("dtype", "elements"),
-    [
-        ("float32", Elements(4, is_float=True)),
-        ("bfloat16", Elements(2, is_float=True)),
-        ("float8_e4m3fn", Elements(1, is_float=True)),
-        ("complex64", Elements(4, is_float=True)),
-        ("int64", Elements(8)),
-        ("uint8", Elements(1)),
-        ("bool", Elements()),
-        ("<f8", Elements(8, is_float=True)),
-        ("<c8", Elements(4, is_float=True)),
-        ("<i2", Elements(2)),
-        ("|b1", Elements(1)),
-        (">f4", Elements()),
-        ("<U12", Elements()),
-        ("", Elements()),
-    ],
-)
-def test_elements_are_told_by_the_dtype_of_the_manifest(dtype: str, elements: Elements) -> None:
-    assert elements_of(entry("w", "A", dtype=dtype)) == elements
-
-
 def test_what_was_thinned_and_collected_is_not_missed() -> None:
     repo, snapshots = history()
     repo.thin(["levels"], older_than=1)
@@ -353,3 +325,13 @@ def test_what_is_collected_meanwhile_is_passed_over() -> None:
     assert Repository(backend.location, handle).repack([snapshots[-1].id], flatten=True).rewritten_count == 0
     assert times >= 2
     assert not packs_of(repo)
+
+
+def test_a_long_repack_gives_signs_of_life_by_the_lease_length_of_the_repository() -> None:
+    repo = create_on(MemoryBackend(), RepositoryOptions(lease_s=1e-6))
+    for step in range(3):
+        repo.save(state(step))
+    seen: list[bytes] = []
+    repo.repack(flatten=True, progress=lambda *_: seen.extend(lease.data for lease in list_leases(repo.handle.backend)))
+    assert len(seen) > 1
+    assert len(set(seen)) == len(seen)

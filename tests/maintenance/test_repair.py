@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.errors import CastoreError, DamageError, LeaseError, LostLeavesError, NoSpaceError
+from castore.errors import CastoreError, ChecksumError, DamageError, LeaseError, LostLeavesError, NoSpaceError
 from castore.format.layout import new_collector_name, pack_name, snapshot_name
+from castore.format.textfile import decode_text_file
+from castore.ids import ChunkId
 from castore.leases import claim_text
 from castore.losses import make_loss, read_loss, write_loss
 from castore.maintenance.repair.execute import repair
+from castore.maintenance.repair.sources import MappedSource, ReadRaw
 from castore.options import RepositoryOptions
 from tests.checkpoint.damage import damage_leaf, flip_bit, places_of, replace_file, rows_of
 from tests.checkpoint.repositories import HookedBackend, copied, create_on, files_of, open_on, packs_of
@@ -88,6 +93,36 @@ def test_nothing_is_deleted_and_the_reason_is_written_down(repo: Repository) -> 
     assert files[report.quarantine + pack_name(pack_id)] == damaged
     assert b"checksum" in files[report.quarantine + "why"]
     assert pack_name(pack_id) not in files
+
+
+def test_of_marks_and_refs_too_it_is_written_down_why_they_moved(repo: Repository) -> None:
+    """The reasons stood there of packs and snapshots only."""
+    _, before = (snapshot.id for snapshot in repo.log())
+    repo.forget(ids=[before])
+    replace_file(repo.handle.backend, f"forgotten/{before}", b"torn mark")
+    reopened(repo).repair()
+    replace_file(repo.handle.backend, "refs/branches/main", b"torn ref")
+    reopened(repo).repair(fix_refs=True)
+    moved = {name.split("/", 2)[2]: data for name, data in files_of(repo.handle.backend, "quarantine/").items()}
+    assert moved[f"forgotten/{before}"] == b"torn mark"
+    assert moved["refs/branches/main"] == b"torn ref"
+    files = files_of(repo.handle.backend)
+    told = [name for name in files if name.endswith("/why")]
+    why = [reason for name in told for reason in decode_text_file(files[name], name=name)["files"].items()]
+    assert {name for name, _ in why} == {f"forgotten/{before}", "refs/branches/main"}
+    assert all("JSON line" in reason for _, reason in why)
+
+
+def test_the_reasons_of_hundreds_of_files_are_all_written_down(repo: Repository) -> None:
+    """They ended at the five hundredth."""
+    names = [f"thin/{number:032x}" for number in range(520)]
+    for name in names:
+        repo.handle.backend.put_if_absent(name, b"torn")
+    report = repo.repair()
+    files = files_of(repo.handle.backend, f"{report.quarantine}why")
+    told = {told for name, data in files.items() for told in decode_text_file(data, name=name)["files"]}
+    assert told == set(names)
+    assert len(files) == 6
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing(repo: Repository) -> None:
@@ -187,6 +222,43 @@ def test_the_state_of_a_checkpoint_file_heals_manifests_too(repo: Repository) ->
         assert_same(fresh.load(f"main@{step}"), training_state(step))
 
 
+class OtherBytes(MappedSource):
+    """A source that is looked through once, and changes after."""
+
+    def __init__(self, chunks: Mapping[ChunkId, ReadRaw], changed: bytes | None = None) -> None:
+        super().__init__("a source", chunks)
+        self.look_count = 0
+        self._changed = changed
+
+    def find(
+        self, wanted: Collection[ChunkId], *, beat: Callable[[], None] = lambda: None
+    ) -> Mapping[ChunkId, ReadRaw]:
+        self.look_count += 1
+        found = super().find(wanted, beat=beat)
+        changed = self._changed
+        return found if changed is None else {chunk_id: lambda: changed for chunk_id in found}
+
+
+def test_a_source_is_looked_through_once_and_hashed_before_it_is_written(repo: Repository) -> None:
+    """It was asked again for every chunk that the plan had from it, and blamed the memory of this machine."""
+    ((_, row),) = places_of(repo, "main", FROZEN)
+    chunks = {row.chunk_id: partial(repo.handle.store.get, row.chunk_id)}
+    raw = bytes(chunks[row.chunk_id]())
+    damage_leaf(repo, "main", FROZEN)
+    reopened(repo).verify(data=True)
+    before = files_of(repo.handle.backend)
+    with pytest.raises(ChecksumError, match=r"a source: expected chunk .* it changed"):
+        repair(reopened(repo).handle, [OtherBytes(chunks, b"else")])
+    assert files_of(repo.handle.backend) == before
+    source = OtherBytes({row.chunk_id: lambda: raw})
+    assert repair(reopened(repo).handle, [source], dry_run=True).plan.heals
+    assert source.look_count == 1
+    source.look_count = 0
+    assert repair(reopened(repo).handle, [source]).healed_count == 1
+    assert source.look_count == 1
+    assert_same(reopened(repo).load(), training_state(2))
+
+
 def test_a_base_that_is_healed_brings_back_what_rests_on_it(repo: Repository) -> None:
     path = "model/drifting"
     ((_, row),) = places_of(repo, "main", path)
@@ -246,6 +318,14 @@ def test_refs_that_point_at_nothing_are_reported_with_an_offer(repo: Repository)
     assert reopened(repo).verify(data=True).ok
 
 
+def test_the_handle_that_moved_a_branch_goes_on_from_there(repo: Repository) -> None:
+    """Its next save was refused: the branch was not where it had saved it."""
+    head, before = (snapshot.id for snapshot in repo.log())
+    replace_file(repo.handle.backend, snapshot_name(head), b"rubbish")
+    repo.repair(fix_refs=True)
+    assert repo.save(training_state(3), step=3).parents == (before,)
+
+
 def test_a_record_whose_base_was_collected_after_a_heal_is_a_note(repo: Repository) -> None:
     """It was a problem, although nothing that anybody needs is missing."""
     path = "model/drifting"
@@ -272,6 +352,29 @@ def test_no_collector_works_beside_a_repair(repo: Repository) -> None:
         repo.repair()
     with_claim.release()
     repo.repair()
+
+
+def test_a_long_repair_gives_signs_of_life_to_other_hosts() -> None:
+    """A collector of another host took it for dead, and may delete the new copies of what repair then moves away."""
+    hooked = HookedBackend(MemoryBackend())
+    repo = create_on(hooked, RepositoryOptions(lease_s=1e-6))
+    repo.save(training_state(1), step=1)
+    damage_leaf(repo, "main", FROZEN)
+
+    def signs() -> tuple[bytes, ...]:
+        return tuple(claim.data for prefix in ("gc/", "leases/") for claim in hooked.inner.claims(prefix))
+
+    examined: list[tuple[bytes, ...]] = []
+    seen: dict[str, tuple[bytes, ...]] = {}
+    hooked.hook = lambda operation, name: seen.update({f"{operation} {name.rpartition('/')[2]}": signs()})
+    report = repo.repair(progress=lambda *_: examined.append(signs()))
+    assert len(examined) > 5
+    for claim in zip(*examined, strict=True):
+        assert len(set(claim)) == len(examined)
+    (pack_id,) = report.new_packs
+    copying, copied = seen[f"create_stream {pack_id}.pack"], seen["put_if_absent why"]
+    assert len(copied) == 2
+    assert not set(copying) & set(copied)
 
 
 def test_gc_goes_on_after_a_repair(repo: Repository) -> None:

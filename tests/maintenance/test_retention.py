@@ -258,3 +258,8 @@ def test_what_is_kept_once_is_kept_again_by_the_same_rules(rules, history) -> No
 
 def kept_by(keep: Keep, lines: list[Line], tags: dict[SnapshotId, tuple[str, ...]]) -> list[SnapshotId]:
     return [choice.snapshot_id for choice in plan_retention(keep, lines, tags=tags).kept]
+
+
+def test_rules_read_as_they_are_written() -> None:
+    keep = Keep(last=3, every=10, best=(("a:b", "min", 1), ("c", "max", 2)), branches=("x*",))
+    assert keep.text() == "last 3, every 10, best a:b:min:1, best c:max:2, branch x*"

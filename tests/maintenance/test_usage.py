@@ -18,6 +18,7 @@ from castore.maintenance.tally import group_of
 from castore.maintenance.usage import Usage
 from castore.options import RepositoryOptions
 from castore.store import list_packs
+from tests.checkpoint.damage import flip_bit
 from tests.checkpoint.repositories import create_on, open_on
 from tests.suites.packs import flip, rewrite, write_pack
 
@@ -46,6 +47,20 @@ def check_sums(usage: Usage) -> None:
     assert min(parts) >= 0
     assert sum(group.stored_bytes for group in usage.groups) == usage.leaf_bytes
     assert sum(codec.stored_bytes for codec in usage.codecs) == usage.pack_bytes - usage.overhead_bytes
+
+
+def test_parity_and_what_repairs_put_aside_count_in_all(repo: Repository) -> None:
+    """The total was less than what lay on the disk."""
+    before = repo.usage()
+    assert (before.parity_bytes, before.quarantine_bytes) == (0, 0)
+    repo.add_parity()
+    flip_bit(repo.handle.backend, pack_name(min(list_packs(repo.handle.backend))), 5000)
+    repo.repair()
+    usage = repo.usage()
+    assert usage.parity_bytes == sum(info.size_bytes for info in repo.handle.backend.list("parity/")) > 0
+    assert usage.quarantine_bytes == sum(info.size_bytes for info in repo.handle.backend.list("quarantine/")) > 0
+    parts = usage.pack_bytes, usage.parity_bytes, usage.snapshot_bytes, usage.cache_bytes, usage.quarantine_bytes
+    assert usage.total_bytes == sum(parts)
 
 
 def test_every_byte_is_counted_once(repo: Repository) -> None:

@@ -11,9 +11,11 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
+from castore.checkpoint.bases import candidates
+from castore.closure import closure
 from castore.errors import ConflictError, DamageError, NoSpaceError, SnapshotGoneError, UsageError
 from castore.format.layout import snapshot_name
-from castore.ids import PackId
+from castore.ids import ChunkId, PackId
 from castore.index import MemoryIndex
 from castore.marks import Thinning, forgotten_ids, thin_snapshot
 from castore.options import COMPRESSIONS, HASH_NAMES, HashName
@@ -103,6 +105,33 @@ def test_a_difference_whose_base_stays_behind_is_encoded_by_itself(source) -> No
     assert not needed
     assert target.verify(data=True).ok
     assert len(list(target.log("main"))) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"reencode": True}])
+def test_the_bases_of_a_snapshot_are_looked_up_together(source, options, monkeypatch) -> None:
+    """Each was a look-up of its own, and one that the target lacks was looked up again and again."""
+    asked: list[set[ChunkId]] = []
+
+    def counted(wanted: Any, *arguments: Any) -> Any:
+        asked.append(set(wanted))
+        return closure(wanted, *arguments)
+
+    monkeypatch.setattr("castore.transfer.target_chunks.closure", counted)
+    target = repository()
+    target.pull(source, ["main"], depth=1, **options)
+    assert_same(target.load("main"), state_of(3))
+    assert len(asked) <= 4
+    assert sum(map(len, asked)) == len(set().union(*asked))
+
+
+def test_bases_are_read_from_manifests_only_where_something_may_rest_on_them(source, monkeypatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("castore.transfer.execute.candidates", lambda *a, **k: calls.append(a) or candidates(*a, **k))
+    repository().pull(source)
+    repository(compression="lz4").pull(source, reencode=True)
+    assert not calls
+    repository().pull(source, reencode=True)
+    assert calls
 
 
 def test_a_base_that_many_chunks_rest_on_travels_though_no_snapshot_needs_it() -> None:

@@ -16,18 +16,21 @@ from functools import partial
 from typing import TypeVar
 
 from castore.backend.base import Backend
-from castore.errors import CastoreError, LeaseError, NoSpaceError
+from castore.errors import CastoreError, LeaseError, NoSpaceError, NotFoundError
 from castore.format.layout import COLLECTOR_SUFFIX, GC, RESERVE, new_collector_name
-from castore.leases import LeaseInfo, claim_text, list_claims
+from castore.leases import HeldClaim, LeaseInfo, claim_text, list_claims
 from castore.maintenance.gc.writers import Watch
 
 Result = TypeVar("Result")
+_PURPOSE = "gc"
 
 
 @contextmanager
-def collector_claim(backend: Backend, watch: Watch, *, now_ns: int) -> Iterator[str]:
-    """Hold the claim for the block; yields its name. Raises LeaseError, which names the other collector."""
-    claim = with_reserve(backend, lambda: backend.claim(new_collector_name(), claim_text("gc", now_ns)))
+def collector_claim(backend: Backend, watch: Watch, *, now_ns: int) -> Iterator[HeldClaim]:
+    """Hold the claim for the block. Raises LeaseError, which names the other collector; or that says, where the block
+    does not find a file, that another one took this claim for that of the dead and did the work.
+    """
+    claim = with_reserve(backend, lambda: backend.claim(new_collector_name(), claim_text(_PURPOSE, now_ns)))
     try:
         for other in _others(backend, claim.name):
             if watch.outlives_waiting(partial(_find, backend, other.name)):
@@ -36,7 +39,14 @@ def collector_claim(backend: Backend, watch: Watch, *, now_ns: int) -> Iterator[
                     f"({other.name}); wait for it or end it: what it leaves, the next gc completes"
                 )
             backend.delete(other.name)
-        yield claim.name
+        yield HeldClaim(claim, purpose=_PURPOSE, now_ns=now_ns, lease_s=watch.lease_s, monotonic_s=watch.monotonic_s)
+    except NotFoundError as error:
+        if _find(backend, claim.name) is not None:
+            raise
+        raise LeaseError(
+            f"{backend.location}: this collector gave no sign of life for so long that another one took it for dead "
+            f"and has done its work ({error}); nothing is lost, and there may be nothing left to do: run it again"
+        ) from error
     finally:
         with suppress(CastoreError):  # it ends with this process in any case, and the next collector removes the file
             claim.release()

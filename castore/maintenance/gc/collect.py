@@ -32,7 +32,7 @@ from typing import Any
 from castore.errors import UsageError
 from castore.format.layout import drain_name, lost_name, orphan_name, snapshot_name, thin_name
 from castore.ids import PackId, SnapshotId
-from castore.leases import Condemned, LeaseInfo, condemn, condemned_packs, read_condemned
+from castore.leases import Condemned, HeldClaim, LeaseInfo, condemn, condemned_packs, read_condemned
 from castore.maintenance.gc.claim import collector_claim, with_reserve
 from castore.maintenance.gc.litter import (
     remove_dead_leases,
@@ -100,8 +100,8 @@ def collect(
         survey = Survey(handle, progress=progress)
         plan = _plan(handle, survey, request)
         return _dry_report(survey, plan, _plan_rebase(handle, survey, request))
-    with collector_claim(handle.backend, watch, now_ns=handle.clock()) as claim_name:
-        return _Collection(handle, request, watch, progress, claim_name).run()
+    with collector_claim(handle.backend, watch, now_ns=handle.clock()) as claim:
+        return _Collection(handle, request, watch, progress, claim).run()
 
 
 def _space_bytes(handle: Handle) -> int | None:
@@ -130,13 +130,13 @@ def _plan(handle: Handle, survey: Survey, request: GcRequest) -> PackPlan:
 class _Collection:
     """One run under the claim."""
 
-    def __init__(self, handle: Handle, request: GcRequest, watch: Watch, progress: Progress, claim_name: str) -> None:
+    def __init__(self, handle: Handle, request: GcRequest, watch: Watch, progress: Progress, claim: HeldClaim) -> None:
         self._handle = handle
         self._backend = handle.backend
         self._request = request
         self._watch = watch
-        self._progress = progress
-        self._claim_name = claim_name
+        self._show = progress
+        self._claim = claim
         self._pending: list[Pending] = []
         self._freed_bytes = 0
         self._rebased_bytes = 0
@@ -163,6 +163,10 @@ class _Collection:
         self._explain(survey, plan, swept, waiting)
         make_reserve(self._backend)
         return self._report(survey, swept, litter)
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self._claim.beat()
+        self._show(phase, done, total)
 
     def _rebase(self, survey: Survey) -> None:
         """Free pinned bases, so that the plan finds them dead."""
@@ -242,7 +246,7 @@ class _Collection:
         backend, notes = self._backend, []
         leases = remove_dead_leases(backend, self._watch)
         lease_s = self._handle.config.options.lease_s
-        temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim_name, lease_s=lease_s)
+        temporary_bytes, young = remove_temporaries(backend, claim_name=self._claim.name, lease_s=lease_s)
         self._freed_bytes += temporary_bytes
         remove_stale_drains(backend)
         parity_bytes = 0

@@ -35,11 +35,10 @@ def remove_temporaries(backend: Backend, *, claim_name: str, lease_s: float) -> 
         return 0, None
     leases = [info.modified_ns for info in backend.list(LEASES)]
     before_ns = min([claim.modified_ns - int(lease_s * 1e9), *leases])
-    removed_bytes = 0
-    for info in list(backend.temporaries(modified_before_ns=before_ns)):
-        if backend.delete(info.name):
-            removed_bytes += info.size_bytes
-    young = list(backend.temporaries(modified_before_ns=_EVER_NS))
+    found = list(backend.temporaries(modified_before_ns=_EVER_NS))
+    old = [info for info in found if info.modified_ns < before_ns]
+    removed_bytes = sum(info.size_bytes for info in old if backend.delete(info.name))
+    young = [info for info in found if info.modified_ns >= before_ns]
     if not young:
         return removed_bytes, None
     message = f"{len(young)} temporary files may still be being written"

@@ -14,7 +14,6 @@ from castore.maintenance.gc.mark import Marker
 from castore.maintenance.gc.packs import add_packs, list_new_packs
 from castore.maintenance.gc.plan import PackState
 from castore.marks import forgotten_ids
-from castore.refs import list_branches, list_tags
 from castore.repository import Handle
 from castore.roots import Roots, live_roots
 from castore.snapshots import read_record
@@ -95,7 +94,7 @@ class Survey:
         """The roots, marked, and the snapshots that may go."""
         backend, options = self._handle.backend, self._handle.config.options
         roots = live_roots(backend, now_ns=self._handle.clock(), grace_ns=int(options.orphan_grace_s * 1e9))
-        _check(roots, {ref.snapshot_id: ref.name for ref in (*list_branches(backend), *list_tags(backend))})
+        _check(roots)
         live, dead = dict(roots.live), dict(roots.dead)
         if roots.missing:
             spared = self._spare_unreached(roots)
@@ -125,7 +124,7 @@ class Survey:
         return {found: read_record(self._handle.backend, found) for found in sorted(unreached)}
 
 
-def _check(roots: Roots, heads: Mapping[SnapshotId, str]) -> None:
+def _check(roots: Roots) -> None:
     """Fail closed. Raises DamageError."""
     for snapshot_id, why in roots.damaged.items():
         raise DamageError(
@@ -134,7 +133,7 @@ def _check(roots: Roots, heads: Mapping[SnapshotId, str]) -> None:
             f"`castore forget {snapshot_id[:12]}`"
         )
     for snapshot_id, what in roots.missing.items():
-        if snapshot_id in heads:
+        if snapshot_id in roots.heads:
             raise DamageError(
                 f"{what} names snapshot {snapshot_id}, which is not there, so nothing is freed: restore it from a "
                 "copy, or move or delete the ref"

@@ -134,6 +134,7 @@ class Sweeper:
 
     def _why_unsound(self, row: int) -> str:
         if row not in self._sound:
+            self._advance(0)  # a sign of life
             pack = self._ledger.pack_of(row)
             self._sound[row] = ""
             try:
@@ -182,6 +183,7 @@ class Sweeper:
 
     def _copy_unit(self, pack: PackFile, reader: RangeReader, unit: Unit) -> None:
         row = pack.first_row + unit.place
+        self._advance(0)
         try:
             self._copier.copy(reader, unit, where=pack_name(pack.pack_id))
         except DamageError as error:

@@ -37,8 +37,8 @@ class Watch:
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        self._lease_s = lease_s
-        self._monotonic_s = monotonic_s
+        self.lease_s = lease_s
+        self.monotonic_s = monotonic_s
         self._sleep = sleep
         self._seen: dict[str, tuple[bytes, float]] = {}
         """Lease of another host → its bytes, and since when they have been the same."""
@@ -47,12 +47,12 @@ class Watch:
         """Whether its holder must be reckoned with."""
         if lease.is_local:
             return lease.held
-        now_s = self._monotonic_s()
+        now_s = self.monotonic_s()
         data, since_s = self._seen.get(lease.name, (None, now_s))
         if data != lease.data:
             self._seen[lease.name] = lease.data, now_s
             return True
-        return now_s - since_s < self._lease_s
+        return now_s - since_s < self.lease_s
 
     def outlives_waiting(self, look: Callable[[], LeaseInfo | None]) -> bool:
         """Whether a claim is still alive when all has been waited for that can tell: nothing for one of this host, the
@@ -76,11 +76,11 @@ class Watch:
         notice: Callable[[list[LeaseInfo]], object] = lambda _: None,
     ) -> list[LeaseInfo]:
         """Wait until none of these leases is alive; returns those that are after `wait_s`. `notice` hears of waits."""
-        deadline_s = self._monotonic_s() + wait_s
+        deadline_s = self.monotonic_s() + wait_s
         poll_s = _POLL_FIRST_S
         while True:
             alive = [lease for lease in list_leases(backend) if lease.name in names and self.is_alive(lease)]
-            if not alive or self._monotonic_s() >= deadline_s:
+            if not alive or self.monotonic_s() >= deadline_s:
                 return alive
             notice(alive)
             self._sleep(poll_s)

@@ -1,3 +1,3 @@
-"""Repair: plan (plan.py) → carry out (execute.py); records are saved out of damaged packs (salvage.py), lost content is
-looked for elsewhere (sources.py).
+"""Repair: plan (plan.py, files.py) → carry out (execute.py); records are saved out of damaged packs (salvage.py), lost
+content is looked for elsewhere (sources.py).
 """

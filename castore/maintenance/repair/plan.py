@@ -10,59 +10,32 @@ the index              → build it again
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from castore.damage_marks import mark_names, read_mark
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
-from castore.format.layout import (
-    BRANCHES,
-    GC,
-    TAGS,
-    check_ref_name,
-    decode_ref_name,
-    is_condemned_name,
-    pack_name,
-    parse_lost_name,
-    parse_pack_name,
-    snapshot_name,
-)
+from castore.format.layout import pack_name, parse_lost_name
 from castore.format.pack import RecordKind
-from castore.format.snapshot import rebuild_snapshot
-from castore.format.textfile import decode_text_file
 from castore.ids import ChunkId, PackId, SnapshotId
 from castore.losses import Loss, make_loss
 from castore.maintenance.parts import affected_leaves
+from castore.maintenance.repair.files import (
+    RefOffer,
+    Restore,
+    SetAside,
+    ref_offers,
+    unreadable_condemned,
+    unreadable_snapshots,
+)
 from castore.maintenance.repair.salvage import Salvage, plan_salvage
-from castore.maintenance.repair.sources import ChunkSource
+from castore.maintenance.repair.sources import ChunkSource, ReadRaw
 from castore.maintenance.verify import Examination
 from castore.marks import damaged_marks
-from castore.options import SNAPSHOT_BYTES_MAX, TEXT_FILE_BYTES_MAX
 from castore.pack.reader import read_header
 from castore.repository import Handle
-from castore.snapshots import read_record
-
-
-@dataclass(frozen=True, slots=True)
-class SetAside:
-    """A file that goes to quarantine as it is."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """A snapshot whose body is whole, in a file that is damaged around it or has the name of another."""
-
-    name: str
-    """Where it lies."""
-    named: SnapshotId
-    """What the file is called after."""
-    snapshot_id: SnapshotId
-    """What it is, by its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +46,8 @@ class Heal:
     kind: RecordKind
     source: int
     """Place among the sources."""
-
-
-@dataclass(frozen=True, slots=True)
-class RefOffer:
-    """A branch or tag that names nothing that can be read, and where it could point instead."""
-
-    file_name: str
-    name: str
-    is_branch: bool
-    reason: str
-    offered: SnapshotId | None
-    """The newest whole snapshot that was saved to that branch; None: there is none, or it is a tag."""
+    read: ReadRaw = field(repr=False, compare=False)
+    """Its content, from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +118,7 @@ class RepairPlan:
                 for loss in self.losses
             },
             "healed": list(self.healed),
+            "stale_marks": list(self.stale_marks),
             "refs": [
                 {"file": ref.file_name, "name": ref.name, "reason": ref.reason, "offered": ref.offered}
                 for ref in self.refs
@@ -164,24 +128,27 @@ class RepairPlan:
         }
 
 
-def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSource]) -> RepairPlan:
-    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data.
+def plan_repair(
+    handle: Handle, found: Examination, sources: Sequence[ChunkSource], *, beat: Callable[[], None] = lambda: None
+) -> RepairPlan:
+    """Plan. Reads damaged packs once more, and the sources; writes nothing. `found` is an examination with data; `beat`
+    is called at every step of long work.
 
     Raises UnsupportedFormatError when a pack is of a newer castore: what rests on it would look damaged.
     """
     _check_formats(handle, found)
     left: list[str] = []
-    salvages = _plan_salvages(handle, found, left)
+    salvages = _plan_salvages(handle, found, left, beat)
     available = set(found.survey.depths)
     available.update(row.chunk_id for salvage in salvages for row in salvage.verified)
-    heals = _plan_heals(found, available, sources)
+    heals = _plan_heals(found, available, sources, beat)
     available.update(heal.chunk_id for heal in heals)
     _revive(found, salvages, available)
     losses = _losses(handle, found, available)
-    snapshots, restores = _unreadable_snapshots(handle, found, left)
+    snapshots, restores = unreadable_snapshots(handle, found, left)
     left += [problem.message for problem in found.findings.problems if problem.kind == "snapshot" and problem.leaves]
-    set_aside = [*snapshots, *_unreadable_condemned(handle)]
-    gone = {PackId(salvage.pack_id) for salvage in salvages}
+    set_aside = [*snapshots, *unreadable_condemned(handle)]
+    gone = {salvage.pack_id for salvage in salvages}
     return RepairPlan(
         tuple(salvages),
         tuple(set_aside),
@@ -192,7 +159,7 @@ def plan_repair(handle: Handle, found: Examination, sources: Sequence[ChunkSourc
         tuple(loss for loss in losses.values() if not _is_marked(found, loss)),
         _healed(found, losses),
         tuple(_stale_marks(handle, found, gone)),
-        tuple(_offers(found, losses)),
+        tuple(ref_offers(found, losses)),
         any(problem.kind == "index" for problem in found.findings.problems),
         tuple(left),
         tuple(source.name for source in sources),
@@ -213,19 +180,14 @@ def _check_formats(handle: Handle, found: Examination) -> None:
                 reader.close()
 
 
-def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[Salvage]:
-    damaged = set(found.survey.damaged_packs)
-    for fault in found.survey.faults:
-        pack_id = parse_pack_name(fault.name)
-        if pack_id is not None and fault.base_ids and found.survey.depths.keys() >= set(fault.base_ids):
-            damaged.add(pack_id)  # its bases are there and cannot serve: it is the record that is wrong
+def _plan_salvages(handle: Handle, found: Examination, left: list[str], beat: Callable[[], None]) -> list[Salvage]:
     salvages = []
-    for pack_id in sorted(damaged):
+    for pack_id in sorted(found.survey.suspect_packs):
         name = pack_name(pack_id)
         problems = [problem.message for problem in found.findings.problems if problem.where == name]
         reason = problems[0] if problems else "damaged"
         try:
-            salvage = plan_salvage(handle, pack_id, reason, there=found.survey.depths.keys())
+            salvage = plan_salvage(handle, pack_id, reason, there=found.survey.depths.keys(), beat=beat)
         except UnsupportedFormatError as error:
             left.append(f"{name}: {error}: it needs a newer castore, which is no damage")
         except CastoreError as error:
@@ -235,7 +197,9 @@ def _plan_salvages(handle: Handle, found: Examination, left: list[str]) -> list[
     return salvages
 
 
-def _plan_heals(found: Examination, available: Collection[ChunkId], sources: Sequence[ChunkSource]) -> list[Heal]:
+def _plan_heals(
+    found: Examination, available: Collection[ChunkId], sources: Sequence[ChunkSource], beat: Callable[[], None]
+) -> list[Heal]:
     """Whatever the sources have of the chunks that snapshots need, and of bases that differences rest on."""
     needed = found.needs.lengths.keys() - set(available)
     bases = {base_id for fault in found.survey.faults for base_id in fault.base_ids} - set(available)
@@ -244,9 +208,9 @@ def _plan_heals(found: Examination, available: Collection[ChunkId], sources: Seq
     for number, source in enumerate(sources):
         if not wanted:
             break
-        for chunk_id in sorted(source.find(wanted)):
+        for chunk_id, read in sorted(source.find(wanted, beat=beat).items()):
             wanted.discard(chunk_id)
-            heals.append(Heal(chunk_id, _kind_of(found, chunk_id), number))
+            heals.append(Heal(chunk_id, _kind_of(found, chunk_id), number, read))
     return heals
 
 
@@ -316,94 +280,3 @@ def _stale_marks(handle: Handle, found: Examination, gone: Collection[PackId]) -
         if not stays or not any((pack_name(mark.pack_id), offset) in faulty for offset in mark.offsets):
             stale.append(name)
     return stale
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def _unreadable_snapshots(
-    handle: Handle, found: Examination, left: list[str]
-) -> tuple[list[SetAside], dict[SnapshotId, Restore]]:
-    """Files to set aside, and the snapshots that they hold after all: their bodies are whole."""
-    aside: list[SetAside] = []
-    restores: dict[SnapshotId, Restore] = {}
-    for snapshot_id in sorted(found.unreadable):
-        name = snapshot_name(snapshot_id)
-        try:
-            read_record(handle.backend, snapshot_id)
-        except (DamageError, UnsupportedFormatError) as error:
-            restore = _restore(handle, name, snapshot_id)
-            if restore is None and isinstance(error, UnsupportedFormatError):
-                left.append(str(error))
-                continue
-            aside.append(SetAside(name, str(error)))
-            if restore is not None and restore.snapshot_id not in found.records:
-                restores[restore.snapshot_id] = restore
-        except CastoreError as error:
-            left.append(f"{name}: {error}")
-    return aside, restores
-
-
-def _restore(handle: Handle, name: str, snapshot_id: SnapshotId) -> Restore | None:
-    try:
-        data = handle.backend.read(name, max_bytes=SNAPSHOT_BYTES_MAX)
-    except CastoreError:
-        return None
-    rebuilt = rebuild_snapshot(data, handle.hasher, named=snapshot_id)
-    return Restore(name, snapshot_id, rebuilt[0]) if rebuilt is not None else None
-
-
-def _unreadable_condemned(handle: Handle) -> list[SetAside]:
-    """Condemned sets that nobody can read. Whoever wrote one is dead: the repair holds the claim of collectors."""
-    aside = []
-    for info in handle.backend.list(GC):
-        if is_condemned_name(info.name):
-            try:
-                fields = decode_text_file(handle.backend.read(info.name, max_bytes=TEXT_FILE_BYTES_MAX), name=info.name)
-                if all(isinstance(name, str) for name in fields.get("packs", [None])):
-                    continue
-                aside.append(SetAside(info.name, f"{info.name}: expected pack ids"))
-            except DamageError as error:
-                aside.append(SetAside(info.name, str(error)))
-            except CastoreError:
-                continue
-    return aside
-
-
-def _offers(found: Examination, losses: Mapping[SnapshotId, Loss]) -> list[RefOffer]:
-    readable = {name: ref for name, ref in found.refs.items() if ref.snapshot_id in found.records}
-    offers = []
-    for problem in found.findings.problems:
-        if problem.kind != "ref" or problem.where in readable:
-            continue
-        prefix = BRANCHES if problem.where.startswith(BRANCHES) else TAGS
-        try:
-            name = decode_ref_name(problem.where.removeprefix(prefix))
-            check_ref_name(name)
-        except CastoreError:
-            continue  # no name of a ref: the finding says what to do with the file
-        offers.append(_offer(found, losses, problem.where, name, problem.message, is_branch=prefix == BRANCHES))
-    named = {offer.file_name for offer in offers}
-    for file_name, ref in found.refs.items():
-        if ref.snapshot_id in found.unreadable and file_name not in named:
-            reason = f"{ref.name!r} names snapshot {ref.snapshot_id}, which cannot be read"
-            is_branch = file_name.startswith(BRANCHES)
-            offers.append(_offer(found, losses, file_name, ref.name, reason, is_branch=is_branch))
-    return offers
-
-
-def _offer(
-    found: Examination,
-    losses: Mapping[SnapshotId, Loss],
-    file_name: str,
-    name: str,
-    reason: str,
-    *,
-    is_branch: bool,
-) -> RefOffer:
-    whole = (
-        snapshot_id
-        for snapshot_id, record in found.records.items()
-        if is_branch and record.branch == name and snapshot_id not in losses
-    )
-    return RefOffer(file_name, name, is_branch, reason, next(whole, None))

@@ -7,7 +7,7 @@ table and scan ──▶ each record once ──▶ decoded and hashed ──▶
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,16 @@ class Salvage:
         return sum(row.stored_bytes for row in (*self.verified, *self.resting))
 
 
-def plan_salvage(handle: Handle, pack_id: PackId, reason: str, *, there: Collection[ChunkId]) -> Salvage:
-    """Read a damaged pack and say what can be saved; `there` are the chunks that can be read.
+def plan_salvage(
+    handle: Handle,
+    pack_id: PackId,
+    reason: str,
+    *,
+    there: Collection[ChunkId],
+    beat: Callable[[], None] = lambda: None,
+) -> Salvage:
+    """Read a damaged pack and say what can be saved; `there` are the chunks that can be read. `beat` is called for each
+    record.
 
     Raises UnsupportedFormatError when the pack, or one of its records, is of a newer castore and so no damage, or
     StorageError when the file cannot be opened.
@@ -67,6 +75,7 @@ def plan_salvage(handle: Handle, pack_id: PackId, reason: str, *, there: Collect
         resting: dict[int, Row] = {}
         dropped: dict[int, Row] = {}
         for row in dict.fromkeys((*table, *scan_rows(reader, pack_id, hasher))):
+            beat()
             if row.offset in verified:
                 continue
             fault = check_record(Record(name, reader, row), chunks, hasher)
@@ -85,8 +94,9 @@ def plan_salvage(handle: Handle, pack_id: PackId, reason: str, *, there: Collect
         reader.close()
 
 
-def write_salvage(handle: Handle, salvage: Salvage) -> SealedPack | None:
-    """Copy what can be saved into a new pack, durably; every record is compared with its checksum once more.
+def write_salvage(handle: Handle, salvage: Salvage, *, beat: Callable[[], None] = lambda: None) -> SealedPack | None:
+    """Copy what can be saved into a new pack, durably; every record is compared with its checksum once more. `beat` is
+    called for each record or run.
 
     None when there is nothing. Raises DamageError when a record that read right before does not now, or StorageError;
     nothing is left behind then.
@@ -100,6 +110,7 @@ def write_salvage(handle: Handle, salvage: Salvage) -> SealedPack | None:
         reader = handle.backend.open_reader(name)
         try:
             for unit in _units(salvage.kept):
+                beat()
                 _copy(writer, reader, unit, where=name)
         finally:
             reader.close()

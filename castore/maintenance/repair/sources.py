@@ -24,9 +24,11 @@ class ChunkSource(Protocol):
     def name(self) -> str:
         """For people."""
 
-    def find(self, wanted: Collection[ChunkId]) -> Mapping[ChunkId, ReadRaw]:
-        """How to read the raw bytes of those chunks that it holds, each found to hash to its id. Never raises for
-        damage.
+    def find(
+        self, wanted: Collection[ChunkId], *, beat: Callable[[], None] = lambda: None
+    ) -> Mapping[ChunkId, ReadRaw]:
+        """How to read the raw bytes of those chunks that it holds. Never raises for damage. `beat` is called at every
+        step.
         """
 
 
@@ -42,12 +44,15 @@ class RepositorySource:
     def name(self) -> str:
         return self._other.backend.location
 
-    def find(self, wanted: Collection[ChunkId]) -> Mapping[ChunkId, ReadRaw]:
+    def find(
+        self, wanted: Collection[ChunkId], *, beat: Callable[[], None] = lambda: None
+    ) -> Mapping[ChunkId, ReadRaw]:
         missing = set(wanted)
         found: dict[ChunkId, ReadRaw] = {}
         for theirs in self._candidates(missing):
             if not missing:
                 break
+            beat()
             try:
                 ours = self._hasher.chunk_id(self._chunks.get(theirs))
             except CastoreError:
@@ -84,5 +89,8 @@ class MappedSource:
     def name(self) -> str:
         return self._name
 
-    def find(self, wanted: Collection[ChunkId]) -> Mapping[ChunkId, ReadRaw]:
+    def find(
+        self, wanted: Collection[ChunkId], *, beat: Callable[[], None] = lambda: None
+    ) -> Mapping[ChunkId, ReadRaw]:
+        beat()
         return {chunk_id: self._chunks[chunk_id] for chunk_id in wanted if chunk_id in self._chunks}

@@ -61,6 +61,18 @@ def test_what_a_repair_said_of_a_snapshot_goes_with_it() -> None:
     assert not list(backend.list(LOST))
 
 
+def test_what_a_repair_said_of_a_snapshot_goes_although_an_earlier_collection_ended_too_soon() -> None:
+    """Cut off between the snapshot and its marks, it left this one for ever."""
+    repo, ids = line(2)
+    backend = repo.handle.backend
+    for snapshot_id in ids:
+        write_loss(backend, make_loss(snapshot_id, ["noise"], (), time_ns=1))
+    forget(repo, ids[0])
+    backend.delete(snapshot_name(ids[0]))
+    gc(repo)
+    assert [info.name for info in backend.list(LOST)] == [f"{LOST}{ids[1]}"]
+
+
 def test_a_dry_run_changes_nothing_and_says_what_a_real_one_does() -> None:
     repo, ids = line(4)
     forget(repo, ids[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from castore.format.layout import new_collector_name, snapshot_name
 from castore.ids import SnapshotId
 from castore.leases import claim_text, condemned_packs, writer_lease
 from castore.maintenance.gc.report import GcReport
+from castore.maintenance.repair.plan import RepairPlan
 from castore.marks import forgotten_ids
 from castore.options import RepositoryOptions
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, files_of, open_on, packs_of
@@ -283,6 +285,21 @@ def test_two_collectors_exclude_each_other_and_the_second_hears_of_the_first() -
     assert gc(open_on(backend)).snapshots
 
 
+def test_a_long_collection_gives_signs_of_life_to_collectors_of_other_hosts() -> None:
+    backend, _ = doomed()
+    repo = open_on(backend)
+    options = replace(repo.options, lease_s=1e-6)
+    repo.handle.config = replace(repo.handle.config, options=options)
+    seen: list[bytes] = []
+
+    def look(*_: object) -> None:
+        seen.extend(claim.data for claim in backend.claims("gc/") if claim.name.endswith(".collector"))
+
+    repo.gc(progress=look)
+    assert len(seen) > 5
+    assert len(set(seen)) == len(seen)
+
+
 def test_the_claim_of_a_dead_collector_is_removed() -> None:
     backend, _ = doomed()
     backend.put_if_absent(new_collector_name(), claim_text("gc", 1))
@@ -293,6 +310,7 @@ def test_the_claim_of_a_dead_collector_is_removed() -> None:
 def test_a_collector_that_sleeps_while_another_does_all_of_its_work_does_no_harm() -> None:
     """Suspended before each of its calls, taken for dead, with saves between; then it wakes up and goes on."""
     backend, ids = doomed()
+    ended: set[str] = set()
     for number in range(count_calls(backend, collect_rewriting)):
         own = copied(backend)
         saved: list[SnapshotId] = []
@@ -308,11 +326,28 @@ def test_a_collector_that_sleeps_while_another_does_all_of_its_work_does_no_harm
 
         try:
             collect_rewriting(open_on(HookedBackend(own, at_call(number, others))))
-        except CastoreError as error:
-            assert "no such file" in str(error)  # what it was reading has been collected
+            ended.add("well")
+        except LeaseError as error:
+            assert "took it for dead" in str(error)  # what it was reading has been collected
+            ended.add("told")
         check_whole(open_on(own), {saved[0]: drifting(9), saved[1]: drifting(0), ids[2]: drifting(2)})
         gc(open_on(own), repack_below=1)
         check_whole(open_on(own), {saved[0]: drifting(9), saved[1]: drifting(0), ids[2]: drifting(2)})
+    assert ended == {"well", "told"}
+
+
+def test_a_collection_in_the_middle_of_a_dry_run_of_repair_is_no_loss() -> None:
+    backend, _ = doomed()
+
+    def plan(repo: Repository) -> RepairPlan:
+        return repo.repair(dry_run=True).plan
+
+    for number in range(0, count_calls(backend, plan), 5):
+        own = copied(backend)
+        hook = at_call(number, lambda own=own: collect_rewriting(open_on(own)))
+        found = plan(open_on(HookedBackend(own, hook)))
+        assert found.is_empty, number
+        assert not found.losses
 
 
 # ---- readers -------------------------------------------------------------------------------------------------------
