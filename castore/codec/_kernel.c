@@ -4,10 +4,11 @@
  * bit. A pass in C runs at the speed of memory, numpy needs one pass for each step.
  *
  *     split(raw, base or None, planes, kept or None, width, mode, alpha) -> number of elements kept
- *     merge(planes, kept or None, base or None, out, width, mode, alpha)
+ *     merge(planes, kept or None, base or None, out, width, mode, alpha, ordered)
+ *     order(planes, base, kept or None, ordered planes, counts, width)
  *
- *     sample(raw, base or None, width, mode, alpha, windows, window_bytes, grouped, table)
- *         -> (information, distinct, kept, zeros)          what entropy coding can make of the planes: entropy.py
+ *     sample(raw, base or None, width, mode, alpha, windows, window_bytes, grouped, segment_items, table)
+ *         -> (information, distinct, kept, zeros, segments)  what entropy coding can make of the planes: entropy.py
  *
  *     ratio(raw, base, windows, window_bytes, items_max) -> (median, usable)
  *                                                          of new to old float32, and of how many: entropy.py
@@ -30,6 +31,10 @@
  * small codes. Modes 2 to 4 need a base. Where `kept` is given, groups of 32 elements that are all zero after the change
  * are left out; bit i of `kept` (least significant bit of a byte first) tells that group i was kept. `merge` takes a tuple
  * of `width` planes and undoes all of it.
+ *
+ * Ordered planes (width 2, 4 and 8, with a base) hold the kept elements sorted by class, those of one class in their own
+ * order: the class of an element is the top byte of its base rotated left by one bit, of a float its exponent or most of
+ * it. `order` sorts what `split` gave, and writes to `counts` how many elements each of the 256 classes has (uint32).
  *
  * All buffers are contiguous bytes; lengths are checked here, once, before the GIL is released. Little-endian machines only:
  * elsewhere the build stops and numpy is used.
@@ -264,6 +269,138 @@ static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const u
     }
 }
 
+/* ---- ordered by the exponents of the base: see the head of this file ---- */
+
+#define CLASSES 256
+
+static void to_starts(const uint32_t counts[CLASSES], Py_ssize_t starts[CLASSES])
+{
+    Py_ssize_t start = 0;
+    for (int class = 0; class < CLASSES; class++) {
+        starts[class] = start;
+        start += counts[class];
+    }
+}
+
+static int is_kept(const uint8_t *kept, Py_ssize_t item)
+{
+    return kept == NULL || (kept[item / GROUP / 8] >> (item / GROUP % 8) & 1);
+}
+
+static void gather_all_2(const uint8_t *const *planes, Py_ssize_t count, uint16_t *words)
+{
+    gather_2(planes[0], planes[1], words, count);
+}
+
+static void gather_all_4(const uint8_t *const *planes, Py_ssize_t count, uint32_t *words)
+{
+    gather_4(planes[0], planes[1], planes[2], planes[3], words, count);
+}
+
+static void gather_all_8(const uint8_t *const *planes, Py_ssize_t count, uint64_t *words)
+{
+    gather_8(planes, 0, words, count);
+}
+
+static void scatter_all_2(const uint16_t *words, uint8_t *planes, Py_ssize_t items, Py_ssize_t count)
+{
+    scatter_2(words, planes, planes + items, count);
+}
+
+static void scatter_all_4(const uint32_t *words, uint8_t *planes, Py_ssize_t items, Py_ssize_t count)
+{
+    scatter_4(words, planes, planes + items, planes + 2 * items, planes + 3 * items, count);
+}
+
+static void scatter_all_8(const uint64_t *words, uint8_t *planes, Py_ssize_t items, Py_ssize_t count)
+{
+    scatter_8(words, planes, items, 0, count);
+}
+
+#define DEFINE_ORDER(W, U)                                                                                             \
+    static uint8_t class_##W(const uint8_t *base, Py_ssize_t item)                                                     \
+    {                                                                                                                  \
+        U old;                                                                                                         \
+        memcpy(&old, base + item * W, W);                                                                              \
+        return (uint8_t)(ROTATE_LEFT(U, old) >> (8 * W - 8));                                                          \
+    }                                                                                                                  \
+    static void count_classes_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, uint32_t *counts)        \
+    {                                                                                                                  \
+        memset(counts, 0, CLASSES * sizeof *counts);                                                                   \
+        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
+            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
+            if (is_kept(kept, at))                                                                                     \
+                for (Py_ssize_t i = at; i < end; i++) counts[class_##W(base, i)]++;                                    \
+        }                                                                                                              \
+    }                                                                                                                  \
+    /* Planes of the kept elements in place order to ordered planes. words: memory for twice `count` elements. */         \
+    static void order_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,                \
+                          const uint8_t *const *from, uint8_t *to, Py_ssize_t starts[CLASSES], void *words)            \
+    {                                                                                                                  \
+        U *plain = words, *sorted = plain + count;                                                                     \
+        gather_all_##W(from, count, plain);                                                                            \
+        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
+            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
+            if (!is_kept(kept, at)) continue;                                                                          \
+            for (Py_ssize_t i = at; i < end; i++) sorted[starts[class_##W(base, i)]++] = *plain++;                     \
+        }                                                                                                              \
+        scatter_all_##W(sorted, to, items, count);                                                                     \
+    }                                                                                                                  \
+    /* The inverse, to elements in place; those that are not kept are zero. words: memory for `count` elements. */       \
+    static void disorder_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,             \
+                             const uint8_t *const *planes, uint8_t *out, Py_ssize_t starts[CLASSES], void *words)      \
+    {                                                                                                                  \
+        const U *sorted = words;                                                                                       \
+        gather_all_##W(planes, count, words);                                                                          \
+        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
+            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
+            if (!is_kept(kept, at)) {                                                                                  \
+                memset(out + at * W, 0, (end - at) * W);                                                               \
+                continue;                                                                                              \
+            }                                                                                                          \
+            for (Py_ssize_t i = at; i < end; i++) memcpy(out + i * W, &sorted[starts[class_##W(base, i)]++], W);       \
+        }                                                                                                              \
+    }
+
+DEFINE_ORDER(2, uint16_t)
+DEFINE_ORDER(4, uint32_t)
+DEFINE_ORDER(8, uint64_t)
+
+#define BY_WIDTH(width, call_2, call_4, call_8)                                                                        \
+    do {                                                                                                               \
+        if ((width) == 2) call_2;                                                                                      \
+        else if ((width) == 4) call_4;                                                                                 \
+        else call_8;                                                                                                   \
+    } while (0)
+
+#define RESTORE_BLOCK(W, U)                                                                                            \
+    {                                                                                                                  \
+        U block[BLOCK], other[BLOCK];                                                                                  \
+        memcpy(block, out + start * W, count * W);                                                                     \
+        predict(base + start * W, other, count, W, mode, alpha);                                                       \
+        untransform_##W(block, other, out + start * W, count, mode);                                                   \
+    }
+
+/* As merge_all, of `kept_count` ordered elements. words: memory for as many. */
+static void merge_ordered(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
+                          Py_ssize_t items, Py_ssize_t kept_count, int width, int mode, float alpha, void *words)
+{
+    uint32_t counts[CLASSES];
+    Py_ssize_t starts[CLASSES];
+    BY_WIDTH(width, count_classes_2(base, kept, items, counts), count_classes_4(base, kept, items, counts),
+             count_classes_8(base, kept, items, counts));
+    to_starts(counts, starts);
+    BY_WIDTH(width, disorder_2(base, kept, items, kept_count, planes, out, starts, words),
+             disorder_4(base, kept, items, kept_count, planes, out, starts, words),
+             disorder_8(base, kept, items, kept_count, planes, out, starts, words));
+    for (Py_ssize_t start = 0; start < items; start += BLOCK) {
+        Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
+        if (width == 2) RESTORE_BLOCK(2, uint16_t)
+        else if (width == 4) RESTORE_BLOCK(4, uint32_t)
+        else RESTORE_BLOCK(8, uint64_t)
+    }
+}
+
 static int arguments_are_valid(int width, int mode, float alpha, PyObject *base)
 {
     if (width != 1 && width != 2 && width != 4 && width != 8)
@@ -333,19 +470,72 @@ done:
     return result;
 }
 
+static PyObject *kernel_order(PyObject *module, PyObject *args)
+{
+    Py_buffer planes, base, kept, ordered, counts;
+    PyObject *kept_object, *result = NULL;
+    Py_ssize_t starts[CLASSES];
+    const uint8_t *rows[8];
+    void *words = NULL;
+    int width;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "y*y*Ow*w*i", &planes, &base, &kept_object, &ordered, &counts, &width)) return NULL;
+    kept.obj = NULL;
+    if (width != 2 && width != 4 && width != 8) {
+        PyErr_Format(PyExc_ValueError, "elements of width %d are not ordered", width);
+        goto done;
+    }
+    Py_ssize_t items = planes.len / width;
+    if (base.len < items * width || ordered.len < items * width || counts.len < CLASSES * (Py_ssize_t)sizeof(uint32_t)) {
+        PyErr_SetString(PyExc_ValueError, "the base, the ordered planes or the counts are shorter than the elements need");
+        goto done;
+    }
+    if (get_optional(kept_object, &kept, PyBUF_SIMPLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
+    const uint8_t *groups = kept.obj ? kept.buf : NULL;
+    Py_ssize_t count = groups ? count_kept(groups, 0, items) : items;
+    if ((words = PyMem_Malloc(2 * count * width)) == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    for (int k = 0; k < width; k++) rows[k] = (const uint8_t *)planes.buf + k * items;
+    BY_WIDTH(width, count_classes_2(base.buf, groups, items, counts.buf),
+             count_classes_4(base.buf, groups, items, counts.buf), count_classes_8(base.buf, groups, items, counts.buf));
+    to_starts(counts.buf, starts);
+    BY_WIDTH(width, order_2(base.buf, groups, items, count, rows, ordered.buf, starts, words),
+             order_4(base.buf, groups, items, count, rows, ordered.buf, starts, words),
+             order_8(base.buf, groups, items, count, rows, ordered.buf, starts, words));
+    Py_END_ALLOW_THREADS
+    result = Py_None;
+    Py_INCREF(result);
+done:
+    PyMem_Free(words);
+    release(&kept);
+    PyBuffer_Release(&planes);
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&ordered);
+    PyBuffer_Release(&counts);
+    return result;
+}
+
 static PyObject *kernel_merge(PyObject *module, PyObject *args)
 {
     Py_buffer out, base, kept, views[8];
     const uint8_t *planes[8];
+    void *words = NULL;
     PyObject *tuple, *base_object, *kept_object, *result = NULL;
-    int width, mode, held = 0;
+    int width, mode, ordered, held = 0;
     float alpha;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!OOw*iif", &PyTuple_Type, &tuple, &kept_object, &base_object, &out, &width, &mode,
-                          &alpha))
+    if (!PyArg_ParseTuple(args, "O!OOw*iifp", &PyTuple_Type, &tuple, &kept_object, &base_object, &out, &width, &mode,
+                          &alpha, &ordered))
         return NULL;
     base.obj = kept.obj = NULL;
     if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
+    if (ordered && (width == 1 || base_object == Py_None)) {
+        PyErr_SetString(PyExc_ValueError, "ordered planes need a base and elements of 2, 4 or 8 bytes");
+        goto done;
+    }
     if (PyTuple_Size(tuple) != width) {
         PyErr_SetString(PyExc_ValueError, "one plane is needed for each byte of the width");
         goto done;
@@ -363,12 +553,19 @@ static PyObject *kernel_merge(PyObject *module, PyObject *args)
         }
         planes[held] = views[held].buf;
     }
+    if (ordered && (words = PyMem_Malloc(left * width)) == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
     Py_BEGIN_ALLOW_THREADS
-    merge_all(planes, kept.obj ? kept.buf : NULL, base.obj ? base.buf : NULL, out.buf, items, width, mode, alpha);
+    const uint8_t *groups = kept.obj ? kept.buf : NULL;
+    if (ordered) merge_ordered(planes, groups, base.buf, out.buf, items, left, width, mode, alpha, words);
+    else merge_all(planes, groups, base.obj ? base.buf : NULL, out.buf, items, width, mode, alpha);
     Py_END_ALLOW_THREADS
     result = Py_None;
     Py_INCREF(result);
 done:
+    PyMem_Free(words);
     while (held > 0) PyBuffer_Release(&views[--held]);
     release(&base);
     release(&kept);
@@ -392,27 +589,56 @@ static struct windows spread(Py_ssize_t length, int width, Py_ssize_t count, Py_
     return all;
 }
 
+/* Counts the bytes of `count` changed elements, one table for each byte of an element. */
 #define SAMPLE_BLOCK(W, U)                                                                                             \
     {                                                                                                                  \
-        U block[BLOCK], other[BLOCK];                                                                                  \
+        U block[BLOCK], other[BLOCK], old;                                                                             \
         predict(from, other, count, W, mode, alpha);                                                                   \
         transform_##W(raw + at, other, block, count, mode);                                                            \
         for (Py_ssize_t i = 0; i < count; i++) zeros += block[i] == 0;                                                 \
-        memset(kept, 0, sizeof kept);                                                                                  \
-        if (grouped) count = compact_##W(block, count, kept, 0);                                                       \
-        for (Py_ssize_t i = 0; i < count; i++)                                                                         \
-            for (int k = 0; k < W; k++) tables[k][block[i] >> (8 * k) & 255]++;                                        \
+        for (Py_ssize_t i = 0; i < count; i += GROUP) {                                                                \
+            Py_ssize_t end = count - i < GROUP ? count : i + GROUP;                                                    \
+            U any = 0;                                                                                                 \
+            for (Py_ssize_t j = i; j < end; j++) any |= block[j];                                                      \
+            if (grouped && !any) continue;                                                                             \
+            for (Py_ssize_t j = i; j < end; j++, sampled++) {                                                          \
+                if (segment_items) {                                                                                   \
+                    memcpy(&old, from + j * W, W);                                                                     \
+                    classes[sampled] = (uint8_t)(ROTATE_LEFT(U, old) >> (8 * W - 8));                                  \
+                }                                                                                                      \
+                for (int k = 0; k < W; k++) bytes[sampled * W + k] = (uint8_t)(block[j] >> (8 * k));                   \
+            }                                                                                                          \
+        }                                                                                                              \
     }
+
+#define SAMPLE_BYTES_MAX 16384
+
+struct estimate {
+    int64_t information, distinct;
+    Py_ssize_t kept, zeros, segments;
+};
+
+static void count_segment(const uint32_t tables[8][256], Py_ssize_t items, int width, const int64_t *table,
+                          struct estimate *found)
+{
+    for (int k = 0; k < width; k++) {
+        found->information += table[items];
+        for (int value = 0; value < 256; value++) {
+            found->information -= table[tables[k][value]];
+            found->distinct += tables[k][value] != 0;
+        }
+    }
+    found->segments++;
+}
 
 /* table[n] is n log2 n in fixed point: sums of integers are the same in any order, so the twin agrees to the last bit. */
 static void sample_all(const uint8_t *raw, const uint8_t *base, struct windows windows, int width, int mode, float alpha,
-                       int grouped, const int64_t *table, int64_t results[4])
+                       int grouped, Py_ssize_t segment_items, const int64_t *table, struct estimate *found)
 {
-    uint32_t tables[8][256];
-    uint8_t kept[BLOCK / GROUP / 8];
-    Py_ssize_t sampled = 0, zeros = 0;
-    int64_t information = 0, distinct = 0;
-    memset(tables, 0, width * sizeof tables[0]);
+    uint32_t tables[8][256], counts[CLASSES];
+    uint8_t bytes[SAMPLE_BYTES_MAX], classes[SAMPLE_BYTES_MAX];
+    uint16_t places[SAMPLE_BYTES_MAX];
+    Py_ssize_t sampled = 0, zeros = 0, starts[CLASSES];
     for (Py_ssize_t window = 0; window < windows.count; window++) {
         Py_ssize_t end = window * windows.step + windows.bytes;
         for (Py_ssize_t at = window * windows.step; at < end; at += BLOCK * width) {
@@ -422,20 +648,33 @@ static void sample_all(const uint8_t *raw, const uint8_t *base, struct windows w
             else if (width == 2) SAMPLE_BLOCK(2, uint16_t)
             else if (width == 4) SAMPLE_BLOCK(4, uint32_t)
             else SAMPLE_BLOCK(8, uint64_t)
-            sampled += count;
         }
     }
-    for (int k = 0; k < width && sampled; k++) {
-        information += table[sampled];
-        for (int value = 0; value < 256; value++) {
-            information -= table[tables[k][value]];
-            distinct += tables[k][value] != 0;
-        }
+    memset(found, 0, sizeof *found);
+    found->kept = sampled;
+    found->zeros = zeros;
+    if (sampled == 0) return;
+    memset(tables, 0, width * sizeof tables[0]);
+    if (segment_items == 0) {
+        for (Py_ssize_t i = 0; i < sampled; i++)
+            for (int k = 0; k < width; k++) tables[k][bytes[i * width + k]]++;
+        count_segment(tables, sampled, width, table, found);
+        return;
     }
-    results[0] = information;
-    results[1] = distinct;
-    results[2] = sampled;
-    results[3] = zeros;
+    memset(counts, 0, sizeof counts);
+    for (Py_ssize_t i = 0; i < sampled; i++) counts[classes[i]]++;
+    to_starts(counts, starts);
+    for (Py_ssize_t i = 0; i < sampled; i++) places[starts[classes[i]]++] = (uint16_t)i;
+    Py_ssize_t begin = 0, end = 0;
+    for (int class = 0; class < CLASSES; class++) {
+        end += counts[class];
+        if (end - begin < segment_items && !(end == sampled && end > begin)) continue;
+        for (Py_ssize_t at = begin; at < end; at++)
+            for (int k = 0; k < width; k++) tables[k][bytes[places[at] * width + k]]++;
+        count_segment(tables, end - begin, width, table, found);
+        memset(tables, 0, width * sizeof tables[0]);
+        begin = end;
+    }
 }
 
 static PyObject *kernel_sample(PyObject *module, PyObject *args)
@@ -444,15 +683,21 @@ static PyObject *kernel_sample(PyObject *module, PyObject *args)
     PyObject *base_object, *result = NULL;
     int width, mode, grouped;
     float alpha;
-    Py_ssize_t count, bytes;
-    int64_t found[4];
+    Py_ssize_t count, bytes, segment_items;
+    struct estimate found;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*Oiifnnpy*", &raw, &base_object, &width, &mode, &alpha, &count, &bytes, &grouped, &table))
+    if (!PyArg_ParseTuple(args, "y*Oiifnnpny*", &raw, &base_object, &width, &mode, &alpha, &count, &bytes, &grouped,
+                          &segment_items, &table))
         return NULL;
     base.obj = NULL;
     if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
-    if (count < 2 || bytes < 1 || bytes % (GROUP * width) != 0) {
-        PyErr_SetString(PyExc_ValueError, "a sample needs two windows, each of whole groups of elements");
+    if (count < 2 || bytes < 1 || bytes % (GROUP * width) != 0 || bytes > SAMPLE_BYTES_MAX / count) {
+        PyErr_Format(PyExc_ValueError, "a sample needs two windows of whole groups of elements, at most %d bytes in all",
+                     SAMPLE_BYTES_MAX);
+        goto done;
+    }
+    if (segment_items < 0 || (segment_items > 0 && (width == 1 || base_object == Py_None))) {
+        PyErr_SetString(PyExc_ValueError, "ordered planes need a base and elements of 2, 4 or 8 bytes");
         goto done;
     }
     struct windows windows = spread(raw.len, width, count, bytes);
@@ -462,9 +707,10 @@ static PyObject *kernel_sample(PyObject *module, PyObject *args)
     }
     if (get_optional(base_object, &base, PyBUF_SIMPLE, raw.len / width * width) < 0) goto done;
     Py_BEGIN_ALLOW_THREADS
-    sample_all(raw.buf, base.obj ? base.buf : NULL, windows, width, mode, alpha, grouped, table.buf, found);
+    sample_all(raw.buf, base.obj ? base.buf : NULL, windows, width, mode, alpha, grouped, segment_items, table.buf, &found);
     Py_END_ALLOW_THREADS
-    result = Py_BuildValue("(LLLL)", (long long)found[0], (long long)found[1], (long long)found[2], (long long)found[3]);
+    result = Py_BuildValue("(LLnnn)", (long long)found.information, (long long)found.distinct, found.kept, found.zeros,
+                           found.segments);
 done:
     release(&base);
     PyBuffer_Release(&raw);
@@ -607,7 +853,8 @@ static PyObject *kernel_derive(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
-    {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha): planes to elements"},
+    {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha, ordered): planes to elements"},
+    {"order", kernel_order, METH_VARARGS, "order(planes, base, kept, ordered, counts, width): sort by class of the base"},
     {"derive", kernel_derive, METH_VARARGS, "derive(master, out, rule): float32 rounded to 16 bits"},
     {"sample", kernel_sample, METH_VARARGS,
      "sample(raw, base, width, mode, alpha, windows, window_bytes, grouped, table): what entropy coding can make of it"},

@@ -18,7 +18,11 @@ def merge(
     width: int,
     mode: int,
     alpha: float,
+    ordered: bool,
     /,
+) -> None: ...
+def order(
+    planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
 ) -> None: ...
 def sample(
     raw: Buffer,
@@ -29,8 +33,9 @@ def sample(
     windows: int,
     window_bytes: int,
     grouped: bool,
+    segment_items: int,
     table: Buffer,
     /,
-) -> tuple[int, int, int, int]: ...
+) -> tuple[int, int, int, int, int]: ...
 def ratio(raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]: ...
 def derive(master: Buffer, out: Buffer, rule: int, /) -> None: ...

@@ -30,6 +30,8 @@ and higher levels make the result larger (DESIGN figures: 67.5 % of bf16 here, 6
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import zstandard
@@ -113,7 +115,9 @@ def encode_planes(
     `thorough` searches long for the shortest planes; any reader decodes them.
     """
     width = len(planes.array)
-    methods, bodies = zip(*(_encode_plane(plane, thorough=thorough) for plane in planes.array), strict=True)
+    methods, bodies = zip(
+        *(_encode_plane(plane, planes.cuts, thorough=thorough) for plane in planes.array), strict=True
+    )
     tail = memoryview(raw)[len(raw) // width * width :]
     kept = planes.kept or b""
     total = _HEAD.size + width * _PLANE.size + len(kept) + sum(map(len, bodies)) + len(tail)
@@ -124,16 +128,25 @@ def encode_planes(
     return b"".join((_HEAD.pack(width, mode, flags, alpha), *heads, kept, *bodies, tail))
 
 
-def _encode_plane(plane: Bytes, *, thorough: bool) -> tuple[int, Buffer]:
+def _encode_plane(plane: Bytes, cuts: Sequence[int], *, thorough: bool) -> tuple[int, Buffer]:
     view = plane.data
     if len(plane) == 0 or looks_random(plane):
         return METHOD_RAW, view
     if plane[0] == plane[-1] and not np.any(plane != plane[0]):
         return METHOD_CONSTANT, bytes(view[:1])
-    encoded = _contexts.compressor.compress(view)
+    encoded = _contexts.compressor.compress(view) if len(cuts) < 2 else _compressed_apart(view, cuts)
     if thorough:
         encoded = min(encoded, _thorough_contexts.compressor.compress(view), key=len)
     return (METHOD_ZSTD, encoded) if len(encoded) < KEEP_SHARE_MAX * len(view) else (METHOD_RAW, view)
+
+
+def _compressed_apart(view: memoryview, cuts: Sequence[int]) -> bytes:
+    """One frame, in which each segment begins a block, and so has a code table of its own."""
+    stream = _contexts.compressor.compressobj()
+    parts: list[bytes] = []
+    for start, end in pairwise((0, *cuts)):
+        parts += stream.compress(view[start:end]), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    return b"".join((*parts, stream.flush()))
 
 
 def looks_random(plane: Bytes) -> bool:
@@ -143,11 +156,13 @@ def looks_random(plane: Bytes) -> bool:
     return estimate(plane.data, 1, _SPREAD, mode=Mode.PLAIN, grouped=False).share > _SAMPLE_SHARE_MAX
 
 
-def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None) -> None:
+def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None, ordered: bool = False) -> None:
     """Fill `out` from a payload, with a base of the same length or without. Raises CodecError."""
     width, mode, grouped, alpha = _decode_head(stored)
     if (mode in transform.BASE_MODES) is not (base is not None):
         raise CodecError(f"planes: mode {mode} {'has no' if base is None else 'takes no'} base")
+    if ordered and width == 1:
+        raise CodecError("planes: elements of one byte are not ordered")
     items = len(out) // width
     position = _HEAD.size + width * _PLANE.size
     kept = None
@@ -169,7 +184,7 @@ def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None) -
     tail = stored[position:]
     if len(tail) != len(out) - items * width:
         raise CodecError(f"planes: expected a tail of {len(out) - items * width} bytes, found {len(tail)}")
-    transform.merge(planes, out[: items * width], mode=mode, kept=kept, base=base, alpha=alpha)
+    transform.merge(planes, out[: items * width], mode=mode, kept=kept, base=base, alpha=alpha, ordered=ordered)
     out[items * width :] = tail
 
 

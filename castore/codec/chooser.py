@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from castore.codec.base import PLAIN, Elements
-from castore.codec.registry import DELTA, DERIVED, chain_name, codec_numbered, decode_chain
+from castore.codec.registry import DELTA, DERIVED, ORDERED, chain_name, codec_numbered, decode_chain
 from castore.codec.zstd_frame import ZstdFrame
 from castore.errors import CodecError
 from castore.format.pack import Chain
@@ -64,15 +64,18 @@ def encode_chunk(
     chunk_id: ChunkId,
     hasher: Hasher,
     base: Buffer | None = None,
+    may_order: bool = False,
     thorough: bool = False,
 ) -> Encoded:
     """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
-    Thread-safe. `thorough` tries everything and searches long for the shortest, at 3 to 7 MB/s a core.
+    Thread-safe. `may_order` allows for codec 18, `thorough` tries everything and searches long for the shortest, at 3 to
+    7 MB/s a core.
 
     Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at
     fault.
     """
-    attempts = (encoded for encoded in _attempts(raw, elements, compression, base, thorough=thorough) if encoded)
+    tried = _attempts(raw, elements, compression, base, may_order=may_order, thorough=thorough)
+    attempts = (encoded for encoded in tried if encoded)
     for encoded in sorted(attempts, key=lambda attempt: len(attempt.payload)) if thorough else attempts:
         _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
         return encoded
@@ -114,7 +117,13 @@ def encode_as_rounding(
 
 
 def _attempts(
-    raw: Buffer, elements: Elements, compression: Compression, base: Buffer | None, *, thorough: bool
+    raw: Buffer,
+    elements: Elements,
+    compression: Compression,
+    base: Buffer | None,
+    *,
+    may_order: bool,
+    thorough: bool,
 ) -> Iterator[Encoded | None]:
     """The encodings worth trying, the best first; None for one that does not shrink the chunk."""
     if compression == "none" or len(raw) == 0:
@@ -125,7 +134,7 @@ def _attempts(
             yield _encode(_LZ4, raw, elements)
         return
     if base is not None:
-        yield _encode_delta(raw, base, elements, thorough=thorough)
+        yield _encode_delta(raw, base, elements, may_order=may_order, thorough=thorough)
     if thorough:
         yield _encode_planes(raw, elements)
         if elements.item_bytes == 1 or _sample_shrinks(raw, _ZSTD, below=_REPEATS_SHARE):
@@ -156,16 +165,17 @@ def _encode_planes(raw: Buffer, elements: Elements) -> Encoded | None:
     return Encoded((_PLANES,), payload) if payload is not None else None
 
 
-def _encode_delta(raw: Buffer, base: Buffer, elements: Elements, *, thorough: bool) -> Encoded | None:
+def _encode_delta(raw: Buffer, base: Buffer, elements: Elements, *, may_order: bool, thorough: bool) -> Encoded | None:
     """The chunk as a difference from a base of its length, if a sample says that this pays."""
     from castore.codec.delta import choose, encode_delta  # numpy costs 80 ms of start-up
     from castore.codec.transform import BASE_MODES
 
-    choice = choose(raw, base, elements)
+    choice = choose(raw, base, elements, may_order=may_order)
     if choice.mode not in BASE_MODES:
         return None
     payload = encode_delta(raw, base, elements, choice, thorough=thorough)
-    return Encoded((DELTA,), payload, rests_on_base=True) if payload is not None else None
+    chain = (ORDERED,) if choice.ordered else (DELTA,)
+    return Encoded(chain, payload, rests_on_base=True) if payload is not None else None
 
 
 def _sample_shrinks(raw: Buffer, number: int, *, below: float = _WORTH_SHARE) -> bool:

@@ -6,6 +6,16 @@ where few elements changed. A scaled base wins where an optimizer decays untouch
 that no token touched is its old value times beta2^k, which one factor for the chunk predicts to the last bit or nearly
 so.
 
+Codec 18: the same, the elements sorted by the exponents of the base. A step of training moves weights of all sizes by
+about as much, so the smaller a weight, the more units in the last place it moves: sorted, each range of sizes gets a
+code table of its own. That is 6 % of the weights of a fine-tune, 2 % of its later saves.
+
+    class of an element    the top byte of its base, rotated left by one bit: the exponent of a float32 or bfloat16
+    order                  by class; elements of one class as they were. Groups of zeros are left out before
+    element width          2, 4 or 8
+
+A writer may end zstd blocks where classes end; a reader need not know of it.
+
 Which of them, if any, is decided for each chunk from a sample, by estimated entropy, never by the leaf's name.
 """
 
@@ -29,6 +39,8 @@ _PREFER_SELF = 1.03
 """A delta must promise to be this much smaller than the chunk by itself: it costs a load the reading of its base."""
 _PREFER_UNSCALED = 1.01
 """A factor must promise to gain this much: multiplying costs a pass, on every load too."""
+_PREFER_UNORDERED = 1.01
+"""So must sorting, which costs two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +50,14 @@ class Choice:
     mode: Mode
     alpha: float
     share: float
+    ordered: bool = False
+    """As codec 18."""
 
 
-def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
-    """The best mode for a chunk that has a base of the same length; ROTATE or PLAIN means: by itself."""
+def choose(raw: Buffer, base: Buffer, elements: Elements, *, may_order: bool = False) -> Choice:
+    """The best mode for a chunk that has a base of the same length; ROTATE or PLAIN means: by itself. `may_order`
+    allows for codec 18.
+    """
     width = elements.item_bytes
     alone = Mode.ROTATE if elements.is_float else Mode.PLAIN
     best = Choice(alone, 1.0, estimate(raw, width, _SPREAD, mode=alone).share / _PREFER_SELF)
@@ -56,20 +72,26 @@ def choose(raw: Buffer, base: Buffer, elements: Elements) -> Choice:
         share = estimate(raw, width, _SPREAD, mode=Mode.SCALED, base=base, alpha=alpha).share * _PREFER_UNSCALED
         if share < best.share:
             best = Choice(Mode.SCALED, alpha, share)
+    if may_order and best.mode in (Mode.DIFFERENCE, Mode.SCALED) and elements.is_float and width > 1:
+        share = estimate(raw, width, _SPREAD, mode=best.mode, base=base, alpha=best.alpha, ordered=True).share
+        if share * _PREFER_UNORDERED < best.share:
+            best = Choice(best.mode, best.alpha, share, ordered=True)
     return best
 
 
 def encode_delta(
     raw: Buffer, base: Buffer, elements: Elements, choice: Choice, *, thorough: bool = False
 ) -> bytes | None:
-    """The payload of codec 16, or None when it would not be shorter than `raw`."""
-    planes = transform.split(raw, elements.item_bytes, mode=choice.mode, base=base, alpha=choice.alpha)
+    """The payload of codec 16 or 18, as the choice says, or None when it would not be shorter than `raw`."""
+    planes = transform.split(
+        raw, elements.item_bytes, mode=choice.mode, base=base, alpha=choice.alpha, ordered=choice.ordered
+    )
     return encode_planes(planes, raw, mode=choice.mode, alpha=choice.alpha, thorough=thorough)
 
 
-def decode_delta(stored: memoryview, out: memoryview, base: Buffer) -> None:
-    """Fill `out` from a payload and the base's raw bytes. Raises CodecError."""
-    decode_planes(stored, out, base=base)
+def decode_delta(stored: memoryview, out: memoryview, base: Buffer, *, ordered: bool = False) -> None:
+    """Fill `out` from a payload of codec 16, or 18 when `ordered`, and the base's raw bytes. Raises CodecError."""
+    decode_planes(stored, out, base=base, ordered=ordered)
 
 
 def _decay(raw: Buffer, base: Buffer) -> float | None:

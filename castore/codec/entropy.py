@@ -47,15 +47,19 @@ def estimate(
     base: Buffer | None = None,
     alpha: float = 1.0,
     grouped: bool = True,
+    ordered: bool = False,
 ) -> Estimate:
-    """What planes of elements changed by `mode` would come to; groups of zeros are left out where `grouped`."""
+    """What planes of elements changed by `mode` would come to; groups of zeros are left out where `grouped`, elements
+    sorted by the class of their base where `ordered`.
+    """
     items = min(len(raw), spread.total_bytes) // width
     if items == 0:
         return Estimate(0.0, 0.0)
-    information, distinct, kept, zeros = transform.kernel.sample(
-        raw, base, width, mode, alpha, spread.windows, spread.window_bytes, grouped, _TABLE
+    segment_items = _SEGMENT_ITEMS_MIN if ordered else 0
+    information, distinct, _, zeros, segments = transform.kernel.sample(
+        raw, base, width, mode, alpha, spread.windows, spread.window_bytes, grouped, segment_items, _TABLE
     )
-    correction = (distinct - width) / (2 * math.log(2)) if kept else 0.0
+    correction = (distinct - segments * width) / (2 * math.log(2))
     return Estimate((information / _UNIT + correction) / (8 * width * items), zeros / items)
 
 
@@ -66,7 +70,9 @@ def median_ratio(raw: Buffer, base: Buffer, spread: Spread, *, items_max: int) -
     return transform.kernel.ratio(raw, base, spread.windows, spread.window_bytes, items_max)
 
 
-SAMPLE_ITEMS_MAX = 32 * 1024
+_SEGMENT_ITEMS_MIN = 512
+"""Of a sample. Fewer tell too little of a distribution."""
+SAMPLE_ITEMS_MAX = 16 * 1024
 _UNIT = 1 << 16
 
 

@@ -7,6 +7,8 @@
     4    constant  constant.py
     16   delta     delta.py: the difference from the record's base
     17   derived   derived.py: the record's bases rounded to 16 bits
+    18   ordered   delta.py: as 16, elements sorted by the exponents of the base; in repositories with the feature flag
+                   "ordered" only
 
 Numbers are permanent. numpy is only imported when a chain names `planes`: history and manifests are read without it.
 """
@@ -23,8 +25,11 @@ from castore.errors import CodecError, UnsupportedFormatError
 from castore.format.pack import Chain
 from castore.ids import Buffer
 
-NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta", 17: "derived"}
-CONSTANT, DELTA, DERIVED = 4, 16, 17
+NAMES = {1: "lz4", 2: "zstd", 3: "planes", 4: "constant", 16: "delta", 17: "derived", 18: "ordered"}
+CONSTANT, DELTA, DERIVED, ORDERED = 4, 16, 17, 18
+DIFFERENCES: frozenset[Chain] = frozenset({(DELTA,), (ORDERED,)})
+"""Chains of records that are differences from one base."""
+_WITH_BASES = DIFFERENCES | {(DERIVED,)}
 
 
 @cache
@@ -50,7 +55,7 @@ def chain_name(chain: Chain) -> str:
 
 def base_lengths(chain: Chain, raw_bytes: int) -> tuple[int, ...]:
     """Raw lengths of the bases that a record of this chain and length rests on."""
-    if chain == (DELTA,):
+    if chain in DIFFERENCES:
         return (raw_bytes,)
     if chain == (DERIVED,):
         from castore.codec.derived import master_lengths  # numpy costs 80 ms of start-up
@@ -63,7 +68,7 @@ def decode_chain(chain: Chain, stored: memoryview, out: memoryview, *, base: Buf
     """Undo a chain into `out`; `base` is the raw bytes of the record's bases, one after the other. Raises CodecError or
     UnsupportedFormatError.
     """
-    if (chain in ((DELTA,), (DERIVED,))) is not (base is not None):
+    if (chain in _WITH_BASES) is not (base is not None):
         raise CodecError(f"{chain_name(chain)}: {'has no' if base is None else 'takes no'} base")
     if not chain:
         if len(stored) != len(out):
@@ -77,6 +82,9 @@ def decode_chain(chain: Chain, stored: memoryview, out: memoryview, *, base: Buf
         from castore.codec.delta import decode_delta
         from castore.codec.derived import decode_derived
 
-        (decode_delta if chain == (DELTA,) else decode_derived)(stored, out, base)
+        if chain == (DERIVED,):
+            decode_derived(stored, out, base)
+        else:
+            decode_delta(stored, out, base, ordered=chain == (ORDERED,))
         return
     codec_numbered(chain[0]).decode(stored, out)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,9 +75,16 @@ class Kernel(Protocol):
         width: int,
         mode: int,
         alpha: float,
+        ordered: bool,
         /,
     ) -> None:
         """Planes to elements."""
+        ...
+
+    def order(
+        self, planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
+    ) -> None:
+        """Sort the elements of planes by the class of their base; counts: 256 uint32, elements of each class."""
         ...
 
     def sample(
@@ -89,11 +97,13 @@ class Kernel(Protocol):
         windows: int,
         window_bytes: int,
         grouped: bool,
+        segment_items: int,
         table: Buffer,
         /,
-    ) -> tuple[int, int, int, int]:
+    ) -> tuple[int, int, int, int, int]:
         """What `split` would make of a sample: order-0 information of all planes in units of `table` (n log2 n as
-        int64), different bytes of all planes, elements that are kept, elements that are zero.
+        int64), different bytes of all planes, elements that are kept, elements that are zero, segments. There is one
+        segment, or with `segment_items` as many as ordered planes fall into.
         """
         ...
 
@@ -114,6 +124,8 @@ class Planes:
     """Shape (width, kept elements), least significant plane first; scratch memory of the thread that split."""
     kept: bytes | None
     """Bitmap of the groups that were kept, least significant bit first; None when all were."""
+    cuts: tuple[int, ...] = ()
+    """Where the distribution of ordered elements changes: ends of segments, the last one their count. Empty: nowhere."""
 
 
 class _Scratch(threading.local):
@@ -122,7 +134,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-_SPLIT_SLOT, _WORD_SLOT = -1, -2
+_SPLIT_SLOT, _WORD_SLOT, _ORDER_SLOT = -1, -2, -3
 
 
 def scratch(slot: int, length: int) -> Bytes:
@@ -138,18 +150,40 @@ def kept_bytes(items: int) -> int:
     return -(-items // (8 * GROUP_ITEMS))
 
 
-def split(raw: Buffer, width: int, *, mode: Mode, base: Buffer | None = None, alpha: float = 1.0) -> Planes:
+def split(
+    raw: Buffer, width: int, *, mode: Mode, base: Buffer | None = None, alpha: float = 1.0, ordered: bool = False
+) -> Planes:
     """Planes of the elements of `raw`; bytes past the last element are ignored.
 
     Groups that are all zero after the change that `mode` names are left out. Modes in BASE_MODES need a base that is as
-    long as `raw`; SCALED needs width 4 and a factor that is exact in float32, within ALPHA_MIN to ALPHA_MAX.
+    long as `raw`; SCALED needs width 4 and a factor that is exact in float32, within ALPHA_MIN to ALPHA_MAX. `ordered`
+    sorts the elements by the class of their base (_kernel.c) and needs one, and a width of at least 2.
     """
     items = len(raw) // width
     memory = scratch(_SPLIT_SLOT, width * items)
     kept = bytearray(kept_bytes(items))
     count = kernel.split(raw, base, memory.data, kept, width, mode, alpha)
-    planes = memory.reshape(width, items)[:, :count]
-    return Planes(planes, None if count == items else bytes(kept))
+    groups = None if count == items else bytes(kept)
+    cuts: tuple[int, ...] = ()
+    if ordered:
+        assert base is not None
+        plain, memory = memory, scratch(_ORDER_SLOT, width * items)
+        counts = np.empty(_CLASSES, np.uint32)
+        kernel.order(plain.data, base, groups, memory.data, counts.data, width)
+        cuts = tuple(segment_ends(counts.tolist(), SEGMENT_ITEMS_MIN))
+    return Planes(memory.reshape(width, items)[:, :count], groups, cuts)
+
+
+def segment_ends(counts: Sequence[int], items_min: int) -> Iterator[int]:
+    """Ends of segments of whole classes with at least so many elements, but for the last."""
+    start = end = 0
+    for count in counts:
+        end += count
+        if end - start >= items_min:
+            yield end
+            start = end
+    if end > start:
+        yield end
 
 
 def merge(
@@ -160,9 +194,10 @@ def merge(
     kept: Buffer | None = None,
     base: Buffer | None = None,
     alpha: float = 1.0,
+    ordered: bool = False,
 ) -> None:
     """The inverse of split: fill the elements of `out` from planes of equal length."""
-    kernel.merge(tuple(planes), kept, base, out, len(planes), mode, alpha)
+    kernel.merge(tuple(planes), kept, base, out, len(planes), mode, alpha, ordered)
 
 
 def kept_count(kept: Buffer, items: int) -> int:
@@ -244,6 +279,7 @@ class NumpyKernel:
         width: int,
         mode: int,
         alpha: float,
+        ordered: bool,
         /,
     ) -> None:
         """See Kernel."""
@@ -252,8 +288,12 @@ class NumpyKernel:
         mask = _element_mask(kept, items) if kept is not None else None
         packed = words if mask is None else np.empty(int(mask.sum()), _WORD[width])
         columns = packed.view(np.uint8).reshape(len(packed), width)
+        places: Any = slice(None)
+        if ordered:
+            assert base is not None
+            places = np.argsort(_classes(base, kept, items, width), kind="stable")
         for index, plane in enumerate(planes):
-            columns[:, index] = np.frombuffer(plane, np.uint8, count=len(packed))
+            columns[places, index] = np.frombuffer(plane, np.uint8, count=len(packed))
         if mask is not None:
             words[:] = 0
             words[mask] = packed
@@ -279,9 +319,10 @@ class NumpyKernel:
         windows: int,
         window_bytes: int,
         grouped: bool,
+        segment_items: int,
         table: Buffer,
         /,
-    ) -> tuple[int, int, int, int]:
+    ) -> tuple[int, int, int, int, int]:
         """See Kernel."""
         spread = _Windows.over(len(raw), width, windows, window_bytes)
         new = spread.of(raw)
@@ -293,11 +334,33 @@ class NumpyKernel:
         if grouped:
             count = self.split(new.data, old.data if old is not None else None, planes.data, kept, width, mode, alpha)
         if count == 0:
-            return 0, 0, 0, zeros
+            return 0, 0, 0, zeros, 0
+        rows, ends = planes.reshape(width, items)[:, :count], [count]
+        if segment_items:
+            assert old is not None
+            classes = _classes(old.data, kept if grouped else None, items, width)
+            rows = rows[:, np.argsort(classes, kind="stable")]
+            ends = list(segment_ends(np.bincount(classes, minlength=_CLASSES).tolist(), segment_items))
         weights = np.frombuffer(table, np.int64)
-        counts = [np.bincount(row[:count], minlength=256) for row in planes.reshape(width, items)]
-        information = sum(int(weights[count] - weights[row].sum()) for row in counts)
-        return information, sum(int(np.count_nonzero(row)) for row in counts), count, zeros
+        information = distinct = 0
+        for start, end in pairwise((0, *ends)):
+            for row in rows[:, start:end]:
+                tally = np.bincount(row, minlength=256)
+                information += int(weights[end - start] - weights[tally].sum())
+                distinct += int(np.count_nonzero(tally))
+        return information, distinct, count, zeros, len(ends)
+
+    def order(
+        self, planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
+    ) -> None:
+        """See Kernel."""
+        items = len(planes) // width
+        classes = _classes(base, kept, items, width)
+        rows, target = (
+            np.frombuffer(memory, np.uint8)[: width * items].reshape(width, items) for memory in (planes, ordered)
+        )
+        target[:, : len(classes)] = rows[:, : len(classes)][:, np.argsort(classes, kind="stable")]
+        np.frombuffer(counts, np.uint32)[:] = np.bincount(classes, minlength=_CLASSES)
 
     def ratio(self, raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]:
         """See Kernel."""
@@ -317,6 +380,19 @@ class NumpyKernel:
     def derive(self, master: Buffer, out: Buffer, rule: int, /) -> None:
         """See Kernel."""
         round_words(master, out, rule)
+
+
+_CLASSES = 256
+SEGMENT_ITEMS_MIN = 8192
+"""Ordered elements that are coded together at least: each segment has a code table of its own, of up to 130 bytes. On
+the full fine-tune 4096, 8192, 16 384 and 32 768 come to 35.26, 35.26, 35.28 and 35.32 % of raw."""
+
+
+def _classes(base: Buffer, kept: Buffer | None, items: int, width: int) -> Bytes:
+    """The class of each kept element: the top byte of its base rotated left by one bit."""
+    words = np.frombuffer(base, _WORD[width], count=items)
+    classes = (words >> 8 * width - 9 & 255).astype(np.uint8)
+    return classes if kept is None else classes[_element_mask(kept, items)]
 
 
 _SCALED_EXPONENT_MIN, _SCALED_EXPONENT_MAX = 8, 246
