@@ -99,14 +99,18 @@ class ChunkWriter:
         *,
         compression: Compression,
         now_ns: int,
+        may_order: bool = False,
         keep_base: Callable[[ChunkId, Buffer], None] | None = None,
     ) -> None:
-        """`keep_base` gets the raw bytes of every chunk that later ones may rest on, from an encoding thread."""
+        """`may_order` allows for records of codec 18. `keep_base` gets the raw bytes of every chunk that later ones may
+        rest on, from an encoding thread.
+        """
         self._backend = backend
         self._hasher = hasher
         self._repository_id = repository_id
         self._compression: Compression = compression
         self._now_ns = now_ns
+        self._may_order = may_order
         self._keep_base = keep_base
         self._pool: ThreadPoolExecutor | None = None
         self._batch: list[_Job] = []
@@ -215,7 +219,15 @@ class ChunkWriter:
         if base is not None:
             with suppress(CastoreError):
                 other = base.read()
-        encoded = encode_chunk(raw, elements, self._compression, chunk_id=chunk_id, hasher=self._hasher, base=other)
+        encoded = encode_chunk(
+            raw,
+            elements,
+            self._compression,
+            chunk_id=chunk_id,
+            hasher=self._hasher,
+            base=other,
+            may_order=self._may_order,
+        )
         coded = Coded(encoded)
         if base is not None and encoded.rests_on_base:
             coded = Coded(encoded, (base.chunk_id,), base.depth + 1)

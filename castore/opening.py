@@ -17,7 +17,7 @@ from castore.errors import (
     RepositoryNotFoundError,
     UsageError,
 )
-from castore.format.config import Config, decode_config, encode_config
+from castore.format.config import Config, decode_config, encode_config, new_features
 from castore.format.layout import CACHE, CONFIG, LEASES, PACKS, SNAPSHOTS
 from castore.hashing import hasher_for
 from castore.options import COMPRESSIONS, TEXT_FILE_BYTES_MAX, RepositoryOptions
@@ -38,7 +38,7 @@ def create_at(path: str | Path, options: RepositoryOptions, *, now_ns: int) -> t
     root = Path(path)
     _check_empty(root)
     backend = LocalBackend(root)
-    config = Config(os.urandom(16), options, now_ns, {"read": frozenset(), "write": frozenset(), "gc": frozenset()})
+    config = Config(os.urandom(16), options, now_ns, new_features())
     if not backend.put_if_absent(CONFIG, encode_config(config)):
         raise RepositoryExistsError(f"{root} already holds a repository; open it with castore.open({str(root)!r})")
     return backend, config

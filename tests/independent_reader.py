@@ -110,7 +110,7 @@ class Repository:
         assert depth < below
         assert checksum == u64(stored)
         base = b"".join(self.chunk(base_id, below=depth) for base_id in bases)
-        detail = {3: 1, 16: 1, 17: 0}.get(chain[-1] if chain else 0)
+        detail = {3: 1, 16: 1, 17: 0, 18: 1}.get(chain[-1] if chain else 0)
         self.seen.add((kind, *chain, *([stored[detail]] if detail is not None else []), len(bases)))
         raw = stored
         for number in reversed(chain):
@@ -238,11 +238,11 @@ def decode(number: int, stored: bytes, raw_bytes: int, base: bytes) -> bytes:
         return stored * (raw_bytes // len(stored))
     if number == 17:
         return rounded(stored[0], base)
-    assert number in (3, 16)
-    return planes(stored, raw_bytes, base)
+    assert number in (3, 16, 18)
+    return planes(stored, raw_bytes, base, ordered=number == 18)
 
 
-def planes(stored: bytes, raw_bytes: int, base: bytes) -> bytes:
+def planes(stored: bytes, raw_bytes: int, base: bytes, *, ordered: bool) -> bytes:
     width, mode, flags, alpha = struct.unpack_from("<BBHf", stored)
     items, at = raw_bytes // width, 8 + 5 * width
     kept = np.ones(items, bool)
@@ -253,12 +253,17 @@ def planes(stored: bytes, raw_bytes: int, base: bytes) -> bytes:
         at += len(bitmap)
     count = int(kept.sum())
     split = np.zeros((items, width), np.uint8)
+    places = np.flatnonzero(kept)
+    if ordered:
+        bases = np.frombuffer(base, f"<u{width}", items)[places]
+        exponents = ((bases << bases.dtype.type(1)) >> bases.dtype.type(8 * width - 8)).astype(np.uint8)
+        places = places[np.argsort(exponents, kind="stable")]
     for plane in range(width):
         method, length = struct.unpack_from("<BI", stored, 8 + 5 * plane)
         body, at = stored[at : at + length], at + length
         if method == 1:
             body = zstandard.ZstdDecompressor().decompress(body, max_output_size=count)
-        split[kept, plane] = np.frombuffer(body * count if method == 2 else body, np.uint8)
+        split[places, plane] = np.frombuffer(body * count if method == 2 else body, np.uint8)
     dtype = np.dtype(f"<u{width}")
     values, one = split.reshape(-1).view(dtype), dtype.type(1)
     if mode == 1:

@@ -28,7 +28,7 @@ from castore.backend import MemoryBackend
 from castore.checkpoint.undelete import list_forgotten
 from castore.codec.base import Elements
 from castore.codec.delta import Choice, encode_delta
-from castore.codec.registry import DELTA, DERIVED, NAMES, base_lengths, codec_numbered, decode_chain
+from castore.codec.registry import DELTA, DERIVED, NAMES, ORDERED, base_lengths, codec_numbered, decode_chain
 from castore.codec.rounding import Rule
 from castore.codec.transform import BASE_MODES, Mode, kernel
 from castore.dump import dump_reader
@@ -559,14 +559,17 @@ def encodings(number: int) -> Encodings:
                 kernel.derive(raw[: 2 * len(copy)], copy, rule)
                 found.append((bytes(copy), bytes([rule]), raw[: 2 * len(copy)]))
             continue
-        if number != DELTA:
+        if number not in (DELTA, ORDERED):
             payload = codec_numbered(number).encode(raw, elements)
             if payload is not None:
                 found.append((raw, bytes(payload), None))
             continue
         base = bytes(byte ^ (index % 97 == 0) for index, byte in enumerate(raw))
         for mode in BASE_MODES - ({Mode.SCALED} if elements.item_bytes != 4 else set()):
-            delta = encode_delta(raw, base, elements, Choice(mode, float(np.float32(0.999)), 0.5))
+            if number == ORDERED and elements.item_bytes == 1:
+                continue
+            choice = Choice(mode, float(np.float32(0.999)), 0.5, ordered=number == ORDERED)
+            delta = encode_delta(raw, base, elements, choice)
             if delta is not None:
                 found.append((raw, bytes(delta), base))
     return found
@@ -594,12 +597,14 @@ def test_a_mutated_payload_decodes_to_the_declared_length_or_is_refused(number: 
 
 @given(number=st.sampled_from(sorted(NAMES)), data=st.binary(max_size=200), length=st.integers(0, 5000))
 def test_a_random_payload_is_refused_or_decodes(number: int, data: bytes, length: int) -> None:
-    base = bytes(sum(base_lengths((number,), length))) if number in (DELTA, DERIVED) else None
+    base = bytes(sum(base_lengths((number,), length))) if number in (DELTA, DERIVED, ORDERED) else None
     with suppress(CastoreError):
         decode_chain((number,), memoryview(data), memoryview(bytearray(length)), base=base)
 
 
-@pytest.mark.parametrize("chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2), (16,), (3, 16), (17,)])
+@pytest.mark.parametrize(
+    "chain", [(0,), (5,), (255,), (1, 2), (3, 2, 1, 4), (1, 0, 2), (16,), (3, 16), (17,), (18,), (3, 18)]
+)
 def test_an_unknown_chain_is_refused(chain: tuple[int, ...]) -> None:
     with pytest.raises(CastoreError):
         decode_chain(chain, memoryview(bytes(10)), memoryview(bytearray(10)))

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from castore.closure import closure
-from castore.codec.registry import DELTA
+from castore.codec.registry import DIFFERENCES
 from castore.format.manifest import Entry, chunk_bytes
 from castore.ids import ChunkId, PackId
 from castore.options import DELTA_DEPTH_MAX, REFERENCE_MOVES_EVERY
@@ -98,4 +98,4 @@ def reference_of(rests_on: Locations) -> ChunkId:
 
 def _below(rests_on: Locations) -> Locations:
     """What the base of a difference rests on; nothing for other records: masters are not like what rests on them."""
-    return rests_on[1:] if rests_on and rests_on[0].row.chain == (DELTA,) else ()
+    return rests_on[1:] if rests_on and rests_on[0].row.chain in DIFFERENCES else ()

@@ -16,7 +16,7 @@ from castore.checkpoint.masters import Master, find_masters, read_all, usable_ma
 from castore.checkpoint.plan import LeafChunks, Source, Write
 from castore.chunk_writer import BaseSource, ChunkWriter, MasterSource
 from castore.closure import closure
-from castore.codec.registry import DELTA
+from castore.codec.registry import DIFFERENCES
 from castore.format.manifest import Entry
 from castore.format.pack import Row
 from castore.ids import Buffer, ChunkId
@@ -76,6 +76,7 @@ class WriteSession:
             handle.hasher,
             handle.config.repository_id,
             compression=handle.config.options.compression,
+            may_order=handle.config.may_order,
             now_ns=self.now_ns,
             keep_base=self._memory.put if self._keeps_bases else None,
         )
@@ -108,7 +109,7 @@ class WriteSession:
 
     def _below(self, row: Row) -> Locations:
         """What the bases of a record of this save rest on."""
-        if row.chain == (DELTA,):
+        if row.chain in DIFFERENCES:
             return self._bases[row.chunk_id].rests_on
         return tuple(location for master_id in row.base_ids for location in self._relied_on[master_id])
 

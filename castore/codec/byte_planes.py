@@ -21,7 +21,11 @@ do not shrink at all, so they are stored as they are and cost a copy.
 Elements are unsigned integers that wrap around. zigzag(d) = (d << 1) ^ (d >> bits - 1), the right shift being
 arithmetic. The prediction (w = 4 only) is the float32 product alpha * base, rounded to nearest even, where the exponent
 field of the base is in 8..246, and the base itself elsewhere; alpha is in 0.5..2, so that no subnormal, infinity or NaN
-takes part. Modes 2 to 4 occur in codec 16 only.
+takes part. Modes 2 to 4 occur in codecs 16 and 18 only.
+
+Planes of codec 18 hold the elements, after groups of zeros were left out, sorted by class; those of one class stay in
+their order. The class is the top byte of the base's element rotated left by one bit: the exponent of a float32 or
+bfloat16. w is 2, 4 or 8. A zstd frame may end blocks where classes end; a reader need not know of it.
 
 The zstd parameters switch off almost all match finding: on exponent planes spurious matches displace cheap literals,
 and higher levels make the result larger (DESIGN figures: 67.5 % of bf16 here, 69.6 % at level 1, 71.4 % at level 3).

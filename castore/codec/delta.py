@@ -8,13 +8,7 @@ so.
 
 Codec 18: the same, the elements sorted by the exponents of the base. A step of training moves weights of all sizes by
 about as much, so the smaller a weight, the more units in the last place it moves: sorted, each range of sizes gets a
-code table of its own. That is 6 % of the weights of a fine-tune, 2 % of its later saves.
-
-    class of an element    the top byte of its base, rotated left by one bit: the exponent of a float32 or bfloat16
-    order                  by class; elements of one class as they were. Groups of zeros are left out before
-    element width          2, 4 or 8
-
-A writer may end zstd blocks where classes end; a reader need not know of it.
+code table of its own. That is 6 % of the weights of a fine-tune and 2 % of its later saves.
 
 Which of them, if any, is decided for each chunk from a sample, by estimated entropy, never by the leaf's name.
 """

@@ -125,7 +125,7 @@ class Planes:
     kept: bytes | None
     """Bitmap of the groups that were kept, least significant bit first; None when all were."""
     cuts: tuple[int, ...] = ()
-    """Where the distribution of ordered elements changes: ends of segments, the last one their count. Empty: nowhere."""
+    """Where the distribution of ordered elements changes: ends of segments, the last one of all. Empty: nowhere."""
 
 
 class _Scratch(threading.local):

@@ -29,11 +29,14 @@ from castore.options import COMPRESSIONS, HASH_NAMES, RepositoryOptions
 FORMAT_VERSION = 1
 PRE_RELEASE_VERSION = 0
 """What pre-releases wrote, each in its own way: no castore reads it."""
-KNOWN_FEATURES: frozenset[str] = frozenset()
-"""Feature flags that this castore understands; none exist yet."""
 
 Operation = Literal["read", "write", "gc"]
 OPERATIONS: tuple[Operation, ...] = ("read", "write", "gc")
+
+ORDERED = "ordered"
+"""Feature flag of `write`: records may be of codec 18."""
+KNOWN_FEATURES = frozenset({ORDERED})
+"""Feature flags that this castore understands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ class Config:
     created_ns: int
     features: dict[Operation, frozenset[str]]
 
+    @property
+    def may_order(self) -> bool:
+        """Whether records of codec 18 may be written."""
+        return ORDERED in self.features["write"]
+
     def check_features(self, *operations: Operation, where: str) -> None:
         """Raise UnsupportedFormatError when one of the operations needs a feature that this castore lacks."""
         for operation in operations:
@@ -54,6 +62,11 @@ class Config:
                     f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; "
                     "install a newer one"
                 )
+
+
+def new_features() -> dict[Operation, frozenset[str]]:
+    """The feature flags of a repository that is created now."""
+    return {"read": frozenset(), "write": frozenset({ORDERED}), "gc": frozenset()}
 
 
 def encode_config(config: Config) -> bytes:

@@ -19,7 +19,7 @@ from castore.chunk_writer import ChunkWriter, Coded
 from castore.closure import closure
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
-from castore.codec.registry import CONSTANT, DELTA, DERIVED
+from castore.codec.registry import CONSTANT, DERIVED, DIFFERENCES
 from castore.errors import ChunkMissingError, DamageError, NotFoundError, UsageError
 from castore.format.pack import RecordKind
 from castore.ids import ChunkId, SnapshotId
@@ -194,7 +194,7 @@ class _Repack:
         base = None
         try:
             store.read_into(rewrite.chunk_id, store.find([rewrite.chunk_id])[0], memoryview(raw))
-            if row.chain == (DELTA,) and not flatten:
+            if row.chain in DIFFERENCES and not flatten:
                 base = store.read_base(row, where=f"pack {location.pack_id}, record at {row.offset}", verify=True)
         except (ChunkMissingError, NotFoundError):
             return None  # it was there when we looked: forgotten or thinned, then collected, or copied to other packs
@@ -205,6 +205,7 @@ class _Repack:
             chunk_id=rewrite.chunk_id,
             hasher=store.hasher,
             base=base,
+            may_order=self._handle.config.may_order,
             thorough=self._thorough,
         )
         if len(encoded.payload) >= row.stored_bytes and not (flatten and row.base_ids):

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from castore.chunk_writer import worker_count
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
-from castore.codec.registry import DELTA
+from castore.codec.registry import DIFFERENCES, ORDERED
 from castore.errors import CastoreError
 from castore.format.layout import pack_name
 from castore.format.manifest import Entry
@@ -220,7 +220,8 @@ class Sender:
             location, need = rows[chunk_id], all_needs[chunk_id]
             assert need is not None
             row = location.row
-            copies = all(self._will_hold(base, depths, below=row.depth) for base in row.base_ids)
+            copies = row.chain != (ORDERED,) or self.target.config.may_order
+            copies = copies and all(self._will_hold(base, depths, below=row.depth) for base in row.base_ids)
             depths[chunk_id] = row.depth if copies else 0
             items.append(_Item(chunk_id, need, location, row.base_ids if copies else (), copies))
         # What the source does not find is asked for all the same: the error of reading it says what is wrong.
@@ -301,7 +302,13 @@ class Sender:
             base = None
         new_id = self._new_id(item, raw)
         encoded = encode_chunk(
-            raw, item.need.elements, self._compression, chunk_id=new_id, hasher=self.target.hasher, base=base
+            raw,
+            item.need.elements,
+            self._compression,
+            chunk_id=new_id,
+            hasher=self.target.hasher,
+            base=base,
+            may_order=self.target.config.may_order,
         )
         return _Arrived(new_id, raw, encoded.payload, encoded.chain, encoded.rests_on_base, 0)
 
@@ -353,7 +360,7 @@ class Sender:
             base_ids=tuple(target_id for target_id in target_ids if target_id is not None),
             depth=depth,
         )
-        self.there.note(arrived.chunk_id, Stored(depth, bases[0] if arrived.chain == (DELTA,) else None))
+        self.there.note(arrived.chunk_id, Stored(depth, bases[0] if arrived.chain in DIFFERENCES else None))
         self._count(len(arrived.raw))
 
     def _append_raw(self, chunk_id: ChunkId, raw: Buffer, kind: RecordKind, elements: Elements) -> None:

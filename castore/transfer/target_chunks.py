@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from castore.closure import closure
-from castore.codec.registry import DELTA
+from castore.codec.registry import DIFFERENCES
 from castore.errors import CastoreError
 from castore.ids import ChunkId
 from castore.index import Location
@@ -77,7 +77,7 @@ class TargetChunks:
                 found = {chunk_id: rests_on for chunk_id, rests_on in found.items() if self._are_sound(rests_on)}
             for chunk_id, rests_on in found.items():
                 row = rests_on[0].row
-                base = row.base_ids[0] if self._knows_ids and row.chain == (DELTA,) else None
+                base = row.base_ids[0] if self._knows_ids and row.chain in DIFFERENCES else None
                 self._stored[chunk_id] = Stored(row.depth, base, rests_on)
             self._absent |= unknown - found.keys()
         return frozenset(wanted & self._stored.keys())

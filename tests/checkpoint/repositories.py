@@ -11,7 +11,7 @@ from typing import Any
 from castore.api import Repository
 from castore.backend import LocalBackend, MemoryBackend
 from castore.backend.base import Backend
-from castore.format.config import Config, decode_config, encode_config
+from castore.format.config import Config, decode_config, encode_config, new_features
 from castore.format.layout import CONFIG, pack_name
 from castore.format.textfile import encode_text_file
 from castore.ids import PackId
@@ -26,8 +26,7 @@ Hook = Callable[[str, str], None]
 
 def create_on(backend: Backend, options: RepositoryOptions | None = None) -> Repository:
     """A new repository on any backend."""
-    features = {"read": frozenset[str](), "write": frozenset[str](), "gc": frozenset[str]()}
-    config = Config(os.urandom(16), options or RepositoryOptions(), 0, features)
+    config = Config(os.urandom(16), options or RepositoryOptions(), 0, new_features())
     backend.put_if_absent(CONFIG, encode_config(config))
     return open_on(backend)
 

@@ -20,7 +20,7 @@ from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.backend.base import Backend
 from castore.checkpoint.plan import hash_state
-from castore.codec.registry import DELTA, DERIVED
+from castore.codec.registry import DERIVED, DIFFERENCES
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
 from castore.format.identity import state_id
 from castore.format.layout import pack_name, snapshot_name
@@ -218,7 +218,7 @@ def test_no_record_is_ever_deeper_than_the_bound() -> None:
         repo.save(dense(step), branch=branch, parent="main" if step == 1 else None, step=step)
     assert max(row.depth for row in leaf_rows(repo)) == DELTA_DEPTH_MAX
     for _, row in rows(repo.handle.backend, repo):
-        assert bool(row.base_ids) == (row.depth > 0) == (row.chain == (DELTA,))
+        assert bool(row.base_ids) == (row.depth > 0) == (row.chain in DIFFERENCES)
         for base_id in row.base_ids:
             assert place_of(repo, base_id)[1].depth < row.depth
             assert row.stored_bytes < row.raw_bytes

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_as_rounding, encode_chunk
 from castore.codec.delta import Choice, encode_delta
-from castore.codec.registry import DELTA, NAMES, codec_numbered, decode_chain
+from castore.codec.registry import DELTA, NAMES, ORDERED, codec_numbered, decode_chain
 from castore.codec.rounding import Rule
 from castore.codec.transform import ALPHA_MAX, ALPHA_MIN, BASE_MODES, Mode, kernel
 from castore.hashing import hasher_for
@@ -97,10 +97,12 @@ def test_differences_in_every_mode(elements: Elements, flush: bool, data: st.Dat
     base = (data.draw(chunks(elements)) + raw[::-1])[: len(raw)]
     alpha = float(np.float32(data.draw(st.floats(ALPHA_MIN, ALPHA_MAX, width=32))))
     for mode in BASE_MODES - ({Mode.SCALED} if elements.item_bytes != 4 else set()):
-        with flushing(flush):
-            payload = encode_delta(raw, base, elements, Choice(mode, alpha if mode is Mode.SCALED else 1.0, 0.0))
-        if payload is not None:
-            decodes(DELTA, payload, raw, base)
+        for ordered in (False, True) if elements.item_bytes > 1 else (False,):
+            choice = Choice(mode, alpha if mode is Mode.SCALED else 1.0, 0.0, ordered)
+            with flushing(flush):
+                payload = encode_delta(raw, base, elements, choice)
+            if payload is not None:
+                decodes(ORDERED if ordered else DELTA, payload, raw, base)
 
 
 @flush_settings

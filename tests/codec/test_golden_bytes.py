@@ -17,7 +17,7 @@ import pytest
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_as_rounding
 from castore.codec.delta import Choice, encode_delta
-from castore.codec.registry import DELTA, DERIVED, NAMES, base_lengths, codec_numbered, decode_chain
+from castore.codec.registry import DELTA, DERIVED, NAMES, ORDERED, base_lengths, codec_numbered, decode_chain
 from castore.codec.rounding import Rule
 from castore.codec.transform import Mode
 from castore.errors import CodecError
@@ -74,7 +74,8 @@ def encoders() -> dict[int, Callable[[Example], Buffer | None]]:
     def delta(example: Example) -> Buffer | None:
         assert example.base is not None
         _, mode, _, alpha = struct.unpack_from("<BBHf", example.payload)
-        return encode_delta(example.chunk, example.base, example.elements, Choice(Mode(mode), alpha, 0.0))
+        choice = Choice(Mode(mode), alpha, 0.0, ordered=example.codec == ORDERED)
+        return encode_delta(example.chunk, example.base, example.elements, choice)
 
     def derived(example: Example) -> Buffer | None:
         assert example.base is not None
@@ -89,6 +90,7 @@ def encoders() -> dict[int, Callable[[Example], Buffer | None]]:
     special: dict[int, Callable[[Example], Buffer | None]] = {
         0: lambda example: example.chunk,
         DELTA: delta,
+        ORDERED: delta,
         DERIVED: derived,
     }
     return {number: special.get(number, alone) for number in (0, *NAMES)}

@@ -103,7 +103,7 @@ def merge(
     out = unaligned(bytes(length), offset)
     other = unaligned(base, (offset + 5) % 8) if base is not None else None
     factor = alpha_of(mode) if alpha is None else alpha
-    kernel.merge(tuple(unaligned(row, offset) for row in rows), kept, other, out, len(rows), mode, factor)
+    kernel.merge(tuple(unaligned(row, offset) for row in rows), kept, other, out, len(rows), mode, factor, False)
     return bytes(out)
 
 
@@ -315,8 +315,8 @@ def test_buffers_that_are_too_short_are_refused_before_they_are_touched(kernel: 
     for call in (
         lambda: kernel.split(raw, None, planes[:399], kept, 4, Mode.PLAIN, 1.0),
         lambda: kernel.split(raw, raw[:399], planes, kept, 4, Mode.XOR, 1.0),
-        lambda: kernel.merge((bytes(100),) * 3 + (bytes(99),), None, None, out, 4, Mode.PLAIN, 1.0),
-        lambda: kernel.merge(rows, None, raw[:399], out, 4, Mode.XOR, 1.0),
+        lambda: kernel.merge((bytes(100),) * 3 + (bytes(99),), None, None, out, 4, Mode.PLAIN, 1.0, False),
+        lambda: kernel.merge(rows, None, raw[:399], out, 4, Mode.XOR, 1.0, False),
     ):
         with pytest.raises(ValueError, match=r"."):
             call()
@@ -339,15 +339,15 @@ def test_the_compiled_kernel_checks_what_numpy_cannot_get_wrong() -> None:
         with pytest.raises(ValueError, match=r"."):
             COMPILED.split(raw, base, planes, None, width, mode, alpha)
         with pytest.raises(ValueError, match=r"."):
-            COMPILED.merge((bytes(64 // max(width, 1)),) * width, None, base, planes, width, mode, alpha)
+            COMPILED.merge((bytes(64 // max(width, 1)),) * width, None, base, planes, width, mode, alpha, False)
     with pytest.raises(ValueError, match="plane"):
-        COMPILED.merge((bytes(16),) * 3, None, None, planes, 4, Mode.PLAIN, 1.0)
+        COMPILED.merge((bytes(16),) * 3, None, None, planes, 4, Mode.PLAIN, 1.0, False)
     with pytest.raises(ValueError, match="plane"):
-        COMPILED.merge((bytes(16), bytes(17), bytes(16), bytes(16)), None, None, planes, 4, Mode.PLAIN, 1.0)
+        COMPILED.merge((bytes(16), bytes(17), bytes(16), bytes(16)), None, None, planes, 4, Mode.PLAIN, 1.0, False)
     with pytest.raises(ValueError, match="kept"):
         COMPILED.split(raw, None, planes, bytearray(), 4, Mode.PLAIN, 1.0)
     with pytest.raises(ValueError, match="kept"):
-        COMPILED.merge((bytes(16),) * 4, b"", None, planes, 4, Mode.PLAIN, 1.0)
+        COMPILED.merge((bytes(16),) * 4, b"", None, planes, 4, Mode.PLAIN, 1.0, False)
     with pytest.raises((TypeError, BufferError)):
         COMPILED.split(raw, None, bytes(64), None, 4, Mode.PLAIN, 1.0)
     with pytest.raises((TypeError, BufferError)):

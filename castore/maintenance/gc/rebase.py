@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from castore.codec.base import PLAIN, Elements
 from castore.codec.chooser import Encoded, encode_chunk
-from castore.codec.registry import DELTA, DERIVED
+from castore.codec.registry import DERIVED, DIFFERENCES
 from castore.codec.transform import WIDTHS
 from castore.errors import DamageError, NoSpaceError, StorageError
 from castore.format.pack import Row
@@ -95,7 +95,15 @@ def _rebase_tree(handle: Handle, ledger: Ledger, tree: Tree, chunks: ChunkReader
             raw = base if chunk_id == base_id else chunks.get(chunk_id)
             other = base if chunk_id != base_id and len(base) == len(raw) else None
             elements = _elements_of(location.row, handle.store.peek(location, 1))
-            encoded = encode_chunk(raw, elements, compression, chunk_id=chunk_id, hasher=hasher, base=other)
+            encoded = encode_chunk(
+                raw,
+                elements,
+                compression,
+                chunk_id=chunk_id,
+                hasher=hasher,
+                base=other,
+                may_order=handle.config.may_order,
+            )
             fresh.append((location.row, encoded))
     except (DamageError, StorageError, IndexError):
         return  # also when a sector cannot be read: the rest is collected all the same
@@ -112,5 +120,5 @@ def _elements_of(row: Row, payload: Buffer) -> Elements:
     """What the payload of a record says of its elements: an unverified hint. That wide ones are floats is a guess,
     which costs a little where it is wrong.
     """
-    width = payload[0] if row.chain in ((DELTA,), (_PLANES,)) and len(payload) else 1
+    width = payload[0] if row.chain in (*DIFFERENCES, (_PLANES,)) and len(payload) else 1
     return Elements(width, is_float=width > 1) if width in WIDTHS else PLAIN
