@@ -9,10 +9,10 @@ import pytest
 
 
 @contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Of this thread."""
+def flushed_denormals(*, on: bool = True) -> Iterator[None]:
+    """In this thread; with `on=False` it does not."""
     torch = pytest.importorskip("torch")
-    if not torch.set_flush_denormal(True):
+    if not torch.set_flush_denormal(on) and on:
         pytest.skip("this processor cannot flush denormals to zero")
     try:
         yield
