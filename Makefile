@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --con
 .PHONY: help demo test storm lint format bench clean
 
 help:
-	@echo "make demo    kill a fine-tuning run in the middle of a save, and resume it bit for bit (3 minutes)"
+	@echo "make demo    kill a fine-tuning run in the middle of a save, and resume it bit for bit (under four minutes)"
 	@echo "make test    linters, types, layers, tests"
 	@echo "make storm   the proofs at length: crashes, interleavings, processes killed for minutes (an hour or so)"
 	@echo "make lint    all of that but the tests"

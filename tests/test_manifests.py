@@ -20,7 +20,7 @@ from castore.format.identity import entry_digest
 from castore.format.manifest import Entry, Kind, encode_id_list, encode_part
 from castore.format.pack import RecordKind
 from castore.format.snapshot import SnapshotRecord
-from castore.ids import ChunkId, StateId
+from castore.ids import ChunkId
 from castore.index import MemoryIndex
 from castore.manifests import ManifestReader, check_paths, elements_of, leaf_table, split_ids
 from castore.options import GRID_BYTES, PART_CHUNKS_MAX
@@ -29,25 +29,7 @@ from castore.store import ChunkStore
 from castore.tensors.dtypes import numpy_element, torch_element
 from tests.checkpoint.test_bases import entry
 from tests.suites.packs import HASHER, write_pack
-
-NOW_NS = 1_700_000_000_123_456_789
-RECORD = SnapshotRecord(
-    StateId("ab" * 16),
-    (),
-    "main",
-    7,
-    NOW_NS,
-    {"loss": 1.5},
-    {"lr": 1e-4},
-    "half way",
-    1000,
-    900,
-    800,
-    5,
-    (ChunkId(b"p" * 16),),
-    "castore 0.1.0",
-    b"12345678",
-)
+from tests.suites.records import RECORD
 
 
 class CountingStore:

@@ -18,31 +18,12 @@ from castore.errors import (
     UnknownRefError,
 )
 from castore.format.layout import snapshot_name
-from castore.format.snapshot import SnapshotRecord
 from castore.hashing import hasher_for
 from castore.ids import ChunkId, SnapshotId, StateId
 from castore.options import SNAPSHOT_BYTES_MAX
 from castore.snapshots import Leaf, ancestry, list_snapshot_ids, make_snapshot, read_record, write_record
 from tests.suites.packs import HASHER, flip, rewrite
-
-NOW_NS = 1_700_000_000_123_456_789
-RECORD = SnapshotRecord(
-    StateId("ab" * 16),
-    (),
-    "main",
-    7,
-    NOW_NS,
-    {"loss": 1.5},
-    {"lr": 1e-4},
-    "half way",
-    1000,
-    900,
-    800,
-    5,
-    (ChunkId(b"p" * 16),),
-    "castore 0.1.0",
-    b"12345678",
-)
+from tests.suites.records import NOW_NS, RECORD
 
 
 def chain(backend: Backend, count: int) -> list[SnapshotId]:

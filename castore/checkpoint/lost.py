@@ -12,6 +12,7 @@ from castore.format.paths import parent_of
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import ChunkId, SnapshotId
 from castore.losses import Loss, read_loss
+from castore.marks import read_thinning
 from castore.repository import Handle
 
 _SHOWN_MAX = 5
@@ -23,12 +24,10 @@ def explain(handle: Handle, snapshot_id: SnapshotId, error: CastoreError, entrie
     loss = loss_of(handle, snapshot_id)
     if loss is None or not loss.leaves:
         return error
-    lost = set(loss.leaves)
-    left = [path for path in leaf_paths(entries) if path not in lost]
     return _error(
         snapshot_id,
         loss,
-        left,
+        _left(handle, snapshot_id, entries, loss),
         f"{loss.leaf_count} leaves are lost, such as {some(map(repr, loss.leaves), count=_SHOWN_MAX)}",
     )
 
@@ -45,7 +44,7 @@ def entries_left(
     if loss is None or not loss.parts:
         raise error
     entries = _complete(list(_read_parts(handle, record, frozenset(loss.parts))))
-    left = [path for path in leaf_paths(entries) if path not in loss.leaves]
+    left = _left(handle, snapshot_id, entries, loss)
     if paths is None or not set(left).issuperset(paths):
         raise _error(snapshot_id, loss, left, f"{len(loss.parts)} parts of its manifest are lost") from error
     return entries
@@ -56,6 +55,14 @@ def loss_of(handle: Handle, snapshot_id: SnapshotId) -> Loss | None:
     with suppress(DamageError):
         return read_loss(handle.backend, snapshot_id)
     return None
+
+
+def _left(handle: Handle, snapshot_id: SnapshotId, entries: Sequence[Entry], loss: Loss) -> list[str]:
+    """What can be loaded: neither lost nor dropped by thinning."""
+    lost, thinning = set(loss.leaves), None
+    with suppress(DamageError):  # as above: the mark only explains, and loading says what is wrong with it
+        thinning = read_thinning(handle.backend, snapshot_id)
+    return [path for path in leaf_paths(entries) if path not in lost and not (thinning and thinning.drops(path))]
 
 
 def _read_parts(handle: Handle, record: SnapshotRecord, lost: Collection[ChunkId]) -> Iterator[Entry]:

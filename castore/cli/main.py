@@ -26,11 +26,11 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "export": ("create", "Write a snapshot, or a part of it, to a file."),
     },
     "History": {
-        "log": ("history", "List snapshots, newest first."),
+        "log": ("log", "List snapshots, newest first."),
         "show": ("contents", "Show a snapshot, or one leaf of it."),
         "diff": ("contents", "Say what changed between two snapshots."),
-        "branch": ("history", "List, make, move or delete branches."),
-        "tag": ("history", "List, make or delete tags."),
+        "branch": ("refs", "List, make, move or delete branches."),
+        "tag": ("refs", "List, make or delete tags."),
     },
     "Other repositories": {
         "push": ("transfer", "Send snapshots to another repository."),

@@ -70,10 +70,10 @@ def _status(app: App, data: bool) -> int | None:
     from castore.maintenance.parity import PackParity, parity_status
 
     def verdict(pack: PackParity) -> str:
-        if not pack.parity_bytes:
-            return "no parity"
         if pack.error:
             return f"parity damaged: {pack.error}"
+        if not pack.parity_bytes:
+            return "no parity"
         if not pack.lost_cells:
             return "whole" if data else ""
         return f"{plural(pack.lost_cells, 'cell')} lost, {'can be restored' if pack.can_restore else 'TOO MANY'}"

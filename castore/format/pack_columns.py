@@ -63,13 +63,19 @@ def decode_columns(data: Buffer, trailer: Trailer, *, id_bytes: int, where: str)
         raise ChecksumError(
             f"{where}: table: expected checksum {trailer.table_checksum:016x}, found {found:016x}; the bytes changed"
         )
+    if len(data) != table_bytes(trailer, id_bytes=id_bytes):
+        raise FormatError(
+            f"{where}: expected a table of {table_bytes(trailer, id_bytes=id_bytes)} bytes, found {len(data)}"
+        )
     dtype = _ROW[id_bytes]
     assert dtype.itemsize == row_bytes(id_bytes)
     rows_end = trailer.row_count * dtype.itemsize
     rows = np.frombuffer(data, dtype, count=trailer.row_count)
     second_rows = np.flatnonzero(rows["flags"] & FLAG_TWO_BASES)
-    if len(second_rows) != trailer.second_base_count or len(data) != table_bytes(trailer, id_bytes=id_bytes):
-        raise FormatError(f"{where}: the table of {len(data)} bytes does not hold the second bases of its rows")
+    if len(second_rows) != trailer.second_base_count:
+        raise FormatError(
+            f"{where}: the table holds {trailer.second_base_count} second bases, its rows need {len(second_rows)}"
+        )
     base_ids = as_words(np.ascontiguousarray(rows["base_id"]).data, id_bytes)
     second_base_ids = as_words(bytes(memoryview(data)[rows_end:]), id_bytes)
     if not (base_ids[second_rows].any(axis=1).all() and second_base_ids.any(axis=1).all()):

@@ -233,15 +233,15 @@ def parity_status(handle: Handle, *, data: bool = False, progress: Progress | No
     total, done = sum(sizes.values()), 0
     packs = []
     for pack_id, size_bytes in sorted(sizes.items()):
-        packs.append(_status(handle, pack_id, size_bytes, covered.get(pack_id, 0), data=data))
+        packs.append(_status(handle, pack_id, size_bytes, covered.get(pack_id), data=data))
         done += size_bytes
         if progress is not None:
             progress(done, total)
     return ParityStatus(tuple(packs), tuple(sorted(covered.keys() - sizes.keys())), data)
 
 
-def _status(handle: Handle, pack_id: PackId, pack_bytes: int, parity_bytes: int, *, data: bool) -> PackParity:
-    if not parity_bytes:
+def _status(handle: Handle, pack_id: PackId, pack_bytes: int, parity_bytes: int | None, *, data: bool) -> PackParity:
+    if parity_bytes is None:  # an empty file is none either, but somebody relies on it
         return PackParity(pack_id, pack_bytes, 0, 0, 0, 0, 0, "")
     try:
         parity_reader = handle.backend.open_reader(parity_name(pack_id))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from castore.backend.base import Backend, FileInfo, RangeReader
-from castore.errors import CastoreError, DamageError, NotFoundError
+from castore.errors import CastoreError, DamageError, NotFoundError, RepositoryAccessError
 from castore.format.layout import PACKS, pack_name, parity_name, parse_pack_name
-from castore.ids import PackId
+from castore.ids import Buffer, PackId
 from castore.maintenance.parity import parity_sizes
 from castore.parity.restore import ParityFile, find_losses, open_parity, restore_pack
 from castore.repository import Handle
@@ -44,6 +44,11 @@ class _RestoringBackend:
     @property
     def location(self) -> str:
         return f"the parity of {self._inner.location}"
+
+    def put_if_absent(self, name: str, data: Buffer) -> bool:
+        """Refused, so that no damage is marked here: it may be of a pack that is only restored, and in quarantine."""
+        del data
+        raise RepositoryAccessError(f"{self.location}: {name} cannot be written: this view is only read")
 
     def local_path(self, name: str) -> Path | None:
         """None: neither mapped files nor the index beside the repository show what was restored."""

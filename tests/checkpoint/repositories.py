@@ -79,6 +79,26 @@ def delete_packs(backend: Backend, packs: Iterable[PackId]) -> None:
         backend.delete(pack_name(pack_id))
 
 
+class Collector:
+    """Condemns all packs that stand when it begins; deletes them, and then its own file, when it ends."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._packs: frozenset[PackId] = frozenset()
+        self._file = ""
+
+    def begin(self) -> None:
+        self._packs = packs_of(open_on(self._backend))
+        self._file = condemn(self._backend, self._packs)
+
+    def end(self) -> None:
+        """Once; nothing where it has not begun."""
+        if self._file:
+            delete_packs(self._backend, self._packs)
+            self._backend.delete(self._file)
+        self._file = ""
+
+
 def packs_of(repository: Repository) -> frozenset[PackId]:
     """The packs that stand now."""
     return list_packs(repository.handle.backend)

@@ -20,6 +20,7 @@ from castore.ids import PackId
 from castore.leases import condemned_packs
 from castore.options import RepositoryOptions
 from tests.checkpoint.repositories import (
+    Collector,
     HookedBackend,
     at_call,
     condemn,
@@ -36,23 +37,6 @@ def drifted(step: int) -> State:
     """Dense training: every element changes a little, so later saves are stored as differences."""
     weights = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     return {"weights": weights * np.float32(1 + 1e-5 * step), "fixed": np.arange(2000.0), "step": step}
-
-
-class Collector:
-    """Condemns all packs that stand when it begins; deletes them, and then its own file, when it ends."""
-
-    def __init__(self, backend: MemoryBackend) -> None:
-        self._backend = backend
-        self._packs: frozenset[PackId] = frozenset()
-        self._file = ""
-
-    def begin(self) -> None:
-        self._packs = packs_of(open_on(self._backend))
-        self._file = condemn(self._backend, self._packs)
-
-    def end(self) -> None:
-        delete_packs(self._backend, self._packs)
-        self._backend.delete(self._file)
 
 
 def history() -> MemoryBackend:

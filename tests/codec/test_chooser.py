@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from castore.hashing import hasher_for
 from castore.ids import Buffer
 from castore.options import COMPRESSIONS, GRID_BYTES, Compression
 from tests.suites.codec_suite import any_bytes, any_elements, build
+from tests.suites.flushed import flushed_denormals
 
 XXH3 = hasher_for("xxh3-128")
 BF16, FP32, FP64, INT64 = (
@@ -168,17 +168,6 @@ def test_a_constant_chunk_rests_on_no_base() -> None:
 
 
 # ---- odd floats --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    torch = pytest.importorskip("torch")
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals to zero")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 ODD = {

@@ -6,12 +6,8 @@ also in the other state of flush-to-zero, as when a repository is read by anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,24 +19,11 @@ from castore.codec.rounding import Rule
 from castore.codec.transform import ALPHA_MAX, ALPHA_MIN, BASE_MODES, Mode, kernel
 from castore.hashing import hasher_for
 from castore.ids import Buffer
+from tests.suites.flushed import flushed_denormals
+from tests.suites.odd_words import odd_words
 
 HASHER = hasher_for("xxh3-128")
 ELEMENTS = [Elements(width, is_float) for width in (1, 2, 4, 8) for is_float in (False, True)]
-EXPONENT_BITS = {2: (5, 8), 4: (8,), 8: (11,)}
-
-
-def odd_words(width: int) -> list[int]:
-    """Of every format of that width: zeros, subnormals, the smallest normal, one, the largest, infinities, NaN."""
-    bits = 8 * width
-    found = {0, 1, (1 << bits) - 1, 1 << (bits - 1)}
-    for exponent_bits in EXPONENT_BITS.get(width, ()):
-        mantissa_bits = bits - 1 - exponent_bits
-        infinity = ((1 << exponent_bits) - 1) << mantissa_bits
-        one = ((1 << (exponent_bits - 1)) - 1) << mantissa_bits
-        positive = {1, (1 << mantissa_bits) - 1, 1 << mantissa_bits, one, infinity - 1, infinity, infinity + 1}
-        positive |= {infinity | 1 << (mantissa_bits - 1), infinity | (1 << mantissa_bits) - 1}
-        found |= positive | {word | 1 << (bits - 1) for word in positive}
-    return sorted(found)
 
 
 @st.composite
@@ -53,20 +36,10 @@ def chunks(draw: st.DrawFn, elements: Elements) -> bytes:
     return whole + draw(st.binary(max_size=width - 1))
 
 
-@contextmanager
-def flushing(on: bool) -> Iterator[None]:
-    if not torch.set_flush_denormal(on) and on:
-        pytest.skip("this processor cannot flush denormals to zero")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
 def decodes(number: int, payload: Buffer, raw: bytes, base: bytes | None) -> None:
     for flush in (False, True):
         out = bytearray(len(raw))
-        with flushing(flush):
+        with flushed_denormals(on=flush):
             decode_chain((number,), memoryview(payload), memoryview(out), base=base)
         assert bytes(out) == raw, (NAMES[number], flush)
 
@@ -82,7 +55,7 @@ each_elements = pytest.mark.parametrize("elements", ELEMENTS, ids=str)
 def test_codecs_without_a_base(elements: Elements, flush: bool, data: st.DataObject) -> None:
     raw = data.draw(chunks(elements))
     for number in (1, 2, 3, 4):
-        with flushing(flush):
+        with flushed_denormals(on=flush):
             payload = codec_numbered(number).encode(raw, elements)
         if payload is not None:
             decodes(number, payload, raw, None)
@@ -99,7 +72,7 @@ def test_differences_in_every_mode(elements: Elements, flush: bool, data: st.Dat
     for mode in BASE_MODES - ({Mode.SCALED} if elements.item_bytes != 4 else set()):
         for ordered in (False, True) if elements.item_bytes > 1 else (False,):
             choice = Choice(mode, alpha if mode is Mode.SCALED else 1.0, 0.0, ordered)
-            with flushing(flush):
+            with flushed_denormals(on=flush):
                 payload = encode_delta(raw, base, elements, choice)
             if payload is not None:
                 decodes(ORDERED if ordered else DELTA, payload, raw, base)
@@ -114,7 +87,7 @@ def test_roundings_by_every_rule(rule: Rule, flush: bool, data: st.DataObject) -
     master = data.draw(chunks(elements))
     master = master[: len(master) // 4 * 4]
     copy = bytearray(len(master) // 2)
-    with flushing(flush):
+    with flushed_denormals(on=flush):
         kernel.derive(master, copy, rule)
         raw = bytes(copy)
         found = encode_as_rounding(
@@ -137,7 +110,7 @@ def test_what_the_chooser_takes_in_a_hurry_or_thoroughly(elements: Elements, flu
     raw = data.draw(chunks(elements))
     base = data.draw(st.none() | st.just((raw[1:] + raw)[: len(raw)]))
     for thorough in (False, True):
-        with flushing(flush):
+        with flushed_denormals(on=flush):
             encoded = encode_chunk(
                 raw, elements, "auto", chunk_id=HASHER.chunk_id(raw), hasher=HASHER, base=base, thorough=thorough
             )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import castore.codec
 from castore.codec import transform
 from castore.codec.transform import BASE_MODES, GROUP_ITEMS, WIDTHS, Kernel, Mode, NumpyKernel
+from tests.suites.flushed import flushed_denormals
 
 
 def compiled_kernel() -> ModuleType | None:
@@ -220,17 +220,6 @@ ODD_WORDS = np.array(
 """Zeros, subnormals, the least normal, infinities, quiet and signalling NaNs with payloads, the borders of scaling."""
 
 
-@contextmanager
-def flushed_denormals() -> Iterator[None]:
-    torch = pytest.importorskip("torch")
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals to zero")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
 @KERNELS
 @pytest.mark.parametrize("flush", [False, True], ids=["denormals kept", "denormals flushed"])
 def test_odd_floats_survive_whatever_the_processor_does_with_them(kernel: Kernel, flush: bool) -> None:
@@ -240,16 +229,11 @@ def test_odd_floats_survive_whatever_the_processor_does_with_them(kernel: Kernel
     expected = [
         split(NumpyKernel(), raw, base if mode in BASE_MODES else None, 4, mode, alpha=alpha) for mode, alpha in cases
     ]
-    with flushed_denormals() if flush else _nothing():
+    with flushed_denormals() if flush else nullcontext():
         for (mode, alpha), planes in zip(cases, expected, strict=True):
             other = base if mode in BASE_MODES else None
             assert split(kernel, raw, other, 4, mode, alpha=alpha) == planes, (mode, alpha)
             assert merge(kernel, planes, other, len(raw), mode, alpha=alpha) == raw, (mode, alpha)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 # ---- the functions in front --------------------------------------------------------------------------------

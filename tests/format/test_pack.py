@@ -201,6 +201,15 @@ def test_a_record_with_two_bases_names_both() -> None:
         encode_record_header(replace(COPY, base_ids=COPY.base_ids * 2), id_bytes=16)
 
 
+@pytest.mark.parametrize("zeroed", [44, 60], ids=["first", "second"])
+def test_a_record_of_two_bases_with_a_zero_id_is_refused(zeroed: int) -> None:
+    body = bytearray(encode_record_header(COPY, id_bytes=16)[:-4])
+    body[zeroed : zeroed + 16] = bytes(16)
+    sealed = bytes(body) + checksum(body).to_bytes(8, "little")[:4]
+    with pytest.raises(FormatError, match="expected two bases"):
+        decode_record_header(sealed, offset=0, id_bytes=16, where="x")
+
+
 @pytest.mark.parametrize("row", [ROW, COPY], ids=["leaf", "copy"])
 def test_every_flipped_bit_of_a_record_header_is_seen(row: Row) -> None:
     for damaged in flips(encode_record_header(row, id_bytes=16)):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from castore.errors import ChecksumError
-from castore.format.pack import RecordKind, Row, Trailer, encode_table
+from castore.errors import ChecksumError, FormatError
+from castore.format.pack import RecordKind, Row, Trailer, decode_table, encode_table, row_bytes
 from castore.format.pack_columns import columns_of, decode_columns
 from castore.hashing import checksum
 from castore.ids import ChunkId, PackId
@@ -50,6 +50,19 @@ def test_a_table_that_changed_is_refused() -> None:
     data[70] ^= 1
     with pytest.raises(ChecksumError, match="where"):
         decode_columns(data, trailer, id_bytes=16, where="where")
+
+
+@pytest.mark.parametrize("id_bytes", [16, 32])
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_row_of_two_bases_with_a_zero_id_is_refused_as_rows_and_as_columns(which: str, id_bytes: int) -> None:
+    rows = rows_of(id_bytes)
+    data = bytearray(encode_table(rows, id_bytes=id_bytes))
+    start = 2 * row_bytes(id_bytes) + id_bytes if which == "first" else len(data) - id_bytes
+    data[start : start + id_bytes] = bytes(id_bytes)
+    trailer = Trailer(PackId("0" * 32), 1 << 41, len(rows), checksum(data), second_base_count=1)
+    for decode in (decode_table, decode_columns):
+        with pytest.raises(FormatError, match="expected two bases"):
+            decode(data, trailer, id_bytes=id_bytes, where="x")
 
 
 def test_an_empty_table_has_no_columns() -> None:

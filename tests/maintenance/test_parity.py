@@ -162,6 +162,15 @@ def test_parity_that_the_disk_refuses_to_read_is_made_anew(repo) -> None:
     assert add_parity(open_on(hooked).handle).renewed == (first,)
 
 
+def test_a_parity_file_that_is_empty_is_damaged_and_not_absent(repo) -> None:
+    add_parity(repo.handle)
+    pack_id = min(packs_of(repo))
+    replace_file(repo.handle.backend, parity_name(pack_id), b"")
+    status = parity_status(repo.handle)
+    assert not status.ok
+    assert [pack.pack_id for pack in status.packs if pack.error] == [pack_id]
+
+
 def test_parity_without_its_pack_is_garbage(repo) -> None:
     add_parity(repo.handle)
     assert stale_parity(repo.handle.backend) == {}

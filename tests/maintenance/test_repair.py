@@ -84,6 +84,17 @@ def test_a_lost_leaf_is_named_and_the_rest_loads(repo: Repository) -> None:
     assert verified.lost_snapshots == dict.fromkeys(ids, (FROZEN,))
 
 
+def test_what_thinning_dropped_is_not_offered_as_left(repo: Repository) -> None:
+    """It was, and loading what the error offered was refused."""
+    damage_leaf(repo, "main~1", FROZEN)
+    repo.repair()
+    repo.thin(["model/moving"], ids=["main~1"])
+    with pytest.raises(LostLeavesError) as caught:
+        reopened(repo).load("main~1", paths=[FROZEN])
+    assert "model/moving" not in caught.value.left
+    assert sorted(reopened(repo).load("main~1", paths=caught.value.left)["model"]) == ["drifting", "head"]
+
+
 def test_nothing_is_deleted_and_the_reason_is_written_down(repo: Repository) -> None:
     pack_id, _ = places_of(repo, "main", FROZEN)[0]
     damage_leaf(repo, "main", FROZEN)

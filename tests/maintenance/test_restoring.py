@@ -69,9 +69,11 @@ def test_a_pack_that_is_gone_comes_back_from_as_much_parity(repo) -> None:
 def test_beyond_its_limit_a_pack_is_read_as_it_is(repo) -> None:
     add_parity(repo.handle, overhead_percent=10)
     damaged = spoil(repo, 0.6)
+    before = files_of(damaged.handle.backend)
     through = Repository("parity", restoring_handle(damaged.handle))
     with pytest.raises(DamageError):
         through.load("main@0")
+    assert files_of(damaged.handle.backend) == before, "a view that is only read has marked damage"
 
 
 def test_without_parity_it_is_the_repository_itself(repo) -> None:

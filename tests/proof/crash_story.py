@@ -17,7 +17,9 @@ import numpy as np
 import castore
 from castore.api import Repository
 from castore.format.layout import pack_name
+from castore.ids import PackId
 from castore.index import MemoryIndex
+from castore.maintenance.parity import parity_status
 from tests.checkpoint.crashes import refs_of
 from tests.checkpoint.damage import places_of
 from tests.checkpoint.states import State, assert_same, training_state
@@ -47,9 +49,12 @@ class Owed:
     rotten: frozenset[str] = frozenset()
     """Those that the disk has damaged, until they are repaired from a state that somebody still has."""
 
+    protected: frozenset[PackId] = frozenset()
+    """Packs whose parity was reported: as long as they stand, it can be used."""
+
     def key(self) -> object:
         """Two that are equal owe the same."""
-        return frozenset(self.refs.items()), self.whole, self.thinned, self.rotten
+        return frozenset(self.refs.items()), self.whole, self.thinned, self.rotten, self.protected
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Story:
         self._whole: dict[str, set[str]] = {}
         self._thinned: dict[str, set[str]] = {}
         self.rotten: set[str] = set()
+        self.protected: set[PackId] = set()
 
     def clock(self) -> int:
         """A clock that nothing but the story moves on."""
@@ -133,6 +139,7 @@ class Story:
                 frozenset(self._whole[name]),
                 frozenset(self._thinned[name]),
                 frozenset(self.rotten) if name == STORE else frozenset(),
+                frozenset(self.protected) if name == STORE else frozenset(),
             )
             for name, repo in self.repos.items()
         }
@@ -191,11 +198,6 @@ def _forget_the_anchors(story: Story, repo: Repository) -> None:
     forget(repo, ids)
 
 
-def _collect_and_rebase(story: Story, repo: Repository) -> None:
-    story.later(2 * GRACE_S)
-    assert collect(repo).rebased_bytes > 0
-
-
 def _undelete(step: int) -> Chapter:
     def chapter(story: Story, repo: Repository) -> None:
         undelete(repo, [story.ids[step]])
@@ -212,9 +214,28 @@ def _thin(step: int) -> Chapter:
     return chapter
 
 
-def _collect(story: Story, repo: Repository) -> None:
-    story.later(2 * GRACE_S)
-    collect(repo)
+def _collect(*, deletes: bool = False, rewrites: bool = False, rebases: bool = False) -> Chapter:
+    """A collection that does just that, so that no change of the story takes it away unseen."""
+
+    def chapter(story: Story, repo: Repository) -> None:
+        story.later(2 * GRACE_S)
+        report = collect(repo)
+        found = bool(report.packs_deleted), bool(report.packs_rewritten), report.rebased_bytes > 0
+        assert found == (deletes, rewrites, rebases), report
+
+    return chapter
+
+
+def _repack(story: Story, repo: Repository) -> None:
+    """Every difference is stored by itself; what it was before is garbage."""
+    assert repo.repack(flatten=True).rewritten_count > 0
+
+
+def _add_parity(story: Story, repo: Repository) -> None:
+    report = repo.add_parity()
+    assert report.added
+    assert not report.refused
+    story.protected |= set(report.added)
 
 
 def _rot(step: int) -> Chapter:
@@ -253,17 +274,20 @@ CHAPTERS: Mapping[str, Chapter] = {
     "push": _push,
     "forget": _forget(3, 22),
     "undelete": _undelete(3),
-    "gc": _collect,
+    "gc": _collect(deletes=True),
     "save after gc": _save(6),
     "thin": _thin(5),
     "last save": _save(7),
     "push of the rest": _push,
-    "gc that repacks": _collect,
-    "gc without work": _collect,
+    "gc that repacks": _collect(rewrites=True),
+    "gc without work": _collect(),
     "bit rot": _rot(6),
     "repair": _repair,
     "forget the anchors": _forget_the_anchors,
-    "gc that rebases": _collect_and_rebase,
+    "gc that rebases": _collect(deletes=True, rewrites=True, rebases=True),
+    "repack": _repack,
+    "add parity": _add_parity,
+    "gc of what was repacked": _collect(rewrites=True),
 }
 
 
@@ -303,7 +327,9 @@ class Examiner:
         *,
         saves: bool,
     ) -> None:
-        """Every repository opens without repair; what is owed loads; gc runs; verify is clean; what is owed loads."""
+        """Every repository opens without repair; what is owed loads; gc runs; verify is clean; what is owed loads;
+        parity can be used, and none is left of packs that have gone.
+        """
         for name in before.owed:
             left, index = files_of_repository(files, name), indexes.get(name)
             was, becomes = before.owed[name], after.owed[name]
@@ -340,6 +366,11 @@ class Examiner:
         assert report.ok, report.problems
         again = open_left(backend, self._tables.index_of(()), clock=lambda: now_ns + LATER_NS)
         self._load(again, whole, thinned)
+        parity = parity_status(again.handle, data=True)
+        assert parity.ok, parity
+        assert not parity.orphans, parity
+        bare = {pack.pack_id for pack in parity.packs if not pack.parity_bytes}
+        assert not bare & before.protected & after.protected, "parity that was reported is gone"
         if saves:
             snapshot = again.save(_small(9), branch="next", step=9)
             assert_same(left.load(snapshot.id), _small(9))

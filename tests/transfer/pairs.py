@@ -11,7 +11,7 @@ from castore.backend import MemoryBackend
 from castore.backend.base import Backend
 from castore.ids import SnapshotId
 from castore.options import Compression, HashName, RepositoryOptions
-from castore.refs import list_branches, list_tags
+from tests.checkpoint import crashes
 from tests.checkpoint.repositories import create_on
 from tests.checkpoint.states import assert_same, training_state
 
@@ -47,9 +47,7 @@ def source_with_history(**options: Any) -> Repository:
 
 
 def refs_of(repo: Repository) -> dict[str, SnapshotId]:
-    backend = repo.handle.backend
-    branches = {f"heads/{ref.name}": ref.snapshot_id for ref in list_branches(backend)}
-    return branches | {f"tags/{ref.name}": ref.snapshot_id for ref in list_tags(backend)}
+    return crashes.refs_of(repo.handle.backend)
 
 
 def assert_holds_history(repo: Repository) -> None:
