@@ -1,11 +1,12 @@
 """What a save costs the training beside it: a real fine-tuning loop on the machine's cores, saved in several ways.
 
-    python -m bench.step_slowdown [--steps 60] [--every 10] [--write-results]
+    python -m bench.step_slowdown [--steps 61] [--every 20] [--rounds 3] [--niceness 10 15] [--write-results]
 
 The loop (full fine-tune of all-MiniLM-L6-v2, 271 MB of state) runs once without saves and once for each way of saving;
 the ways are alternated, so that other work on the machine falls on all of them. A step is slowed down when a save is
-being written beside it; the stall is what the call itself takes. Saving more often than writing takes is not measured:
-that is back-pressure, not slow-down.
+being written beside it; the stall is what the call itself takes; durable is from the call until the branch has moved.
+Saving more often than writing takes is not measured: that is back-pressure, not slow-down. `--niceness` adds worker
+processes that stand back less far than they do by default.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import io
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ import torch
 import castore
 from bench.sections import write_section
 from bench.train import loop, minilm
+from castore.checkpoint import worker
+from castore.options import WORKER_NICENESS
 
 Save = Callable[[int, loop.State], Any]
 
@@ -37,6 +43,7 @@ class Measured:
         self.steps_beside: list[float] = []
         """Steps while a save was being written."""
         self.steps_alone: list[float] = []
+        self.durable_s: list[float] = []
         self.total_s: list[float] = []
 
 
@@ -46,6 +53,11 @@ def train(steps: int, every: int, save: Save | None, found: Measured) -> None:
     pending: Any = None
     begins = [time.perf_counter()]
     warm_up = every  # the first steps touch fresh memory
+    watchers: list[threading.Thread] = []
+
+    def watch(save: Any, begin: float) -> None:
+        save.result()
+        found.durable_s.append(time.perf_counter() - begin)
 
     def on_step(step: int, state: loop.State) -> None:
         nonlocal pending
@@ -56,14 +68,19 @@ def train(steps: int, every: int, save: Save | None, found: Measured) -> None:
             begin = time.perf_counter()
             pending = save(step, state)
             found.stalls.append(time.perf_counter() - begin)
+            if pending is not None:
+                watchers.append(threading.Thread(target=watch, args=(pending, begin)))
+                watchers[-1].start()
         begins.append(time.perf_counter())
 
     begin = time.perf_counter()
     loop.train(run, until=range(1, steps + 1), save=on_step)
     found.total_s.append(time.perf_counter() - begin)
+    for watcher in watchers:
+        watcher.join()
 
 
-def torch_save(place: Path) -> Save:
+def torch_save(place: Path, _: ExitStack) -> Save:
     """A durable torch.save, in the loop."""
 
     def save(step: int, state: loop.State) -> None:
@@ -75,28 +92,46 @@ def torch_save(place: Path) -> Save:
     return save
 
 
+def castore_save(place: Path, opened: ExitStack) -> Save:
+    repo = opened.enter_context(castore.init(place / "store"))
+    return lambda step, state: repo.save(state, step=step) and None
+
+
+def castore_save_async(
+    place: Path, opened: ExitStack, *, worker_process: bool, niceness: int = WORKER_NICENESS
+) -> Save:
+    worker.WORKER_NICENESS = niceness
+    repo = opened.enter_context(castore.open(place / "store", create=True, worker_process=worker_process))
+    return lambda step, state: repo.save_async(state, step=step)
+
+
+WAYS: dict[str, Callable[[Path, ExitStack], Save | None]] = {
+    "no saves": lambda _place, _opened: None,
+    "torch.save + fsync": torch_save,
+    "castore save": castore_save,
+    "castore save_async": partial(castore_save_async, worker_process=False),
+    "castore save_async, worker process": partial(castore_save_async, worker_process=True),
+}
+
+
 def main() -> None:
     """Run every way of saving in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=61)
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--niceness", type=int, nargs="*", default=[])
     parser.add_argument("--write-results", action="store_true")
     arguments = parser.parse_args()
-    names = ("no saves", "torch.save + fsync", "castore save", "castore save_async")
-    found = {name: Measured() for name in names}
+    ways = dict(WAYS)
+    for niceness in arguments.niceness:
+        name = f"castore save_async, worker process at niceness {niceness}"
+        ways[name] = partial(castore_save_async, worker_process=True, niceness=niceness)
+    found = {name: Measured() for name in ways}
     for _ in range(arguments.rounds):
-        for name in names:
-            with tempfile.TemporaryDirectory() as place:
-                repo = castore.init(f"{place}/store")
-                ways: dict[str, Save | None] = {
-                    "no saves": None,
-                    "torch.save + fsync": torch_save(Path(place)),
-                    "castore save": lambda step, state, repo=repo: repo.save(state, step=step) and None,
-                    "castore save_async": lambda step, state, repo=repo: repo.save_async(state, step=step),
-                }
-                train(arguments.steps, arguments.every, ways[name], found[name])
-                repo.close()
+        for name, way in ways.items():
+            with tempfile.TemporaryDirectory() as place, ExitStack() as opened:
+                train(arguments.steps, arguments.every, way(Path(place), opened), found[name])
     table = report(found)
     print(table)
     if arguments.write_results:
@@ -106,10 +141,11 @@ def main() -> None:
 def report(found: dict[str, Measured]) -> str:
     """The table; times in milliseconds."""
     alone = statistics.median(found["no saves"].steps_alone)
+    titles = "way", "stall of a call, ms", "step beside a save, ms", "slow-down of those steps", "durable after, s"
     lines = [
-        "| way | stall of a call, ms | step beside a save, ms | slow-down of those steps | whole loop, s |",
-        "|---|---|---|---|---|",
-        f"| no saves | - | {1000 * alone:.0f} (alone) | - | {statistics.median(found['no saves'].total_s):.1f} |",
+        f"| {' | '.join(titles)} | whole loop, s |",
+        "|---|---|---|---|---|---|",
+        f"| no saves | - | {1000 * alone:.0f} (alone) | - | - | {statistics.median(found['no saves'].total_s):.1f} |",
     ]
     for name, measured in found.items():
         if name == "no saves":
@@ -117,7 +153,9 @@ def report(found: dict[str, Measured]) -> str:
         stall = 1000 * statistics.median(measured.stalls)
         beside = statistics.median(measured.steps_beside) if measured.steps_beside else None
         shown = (f"{1000 * beside:.0f}", f"{beside / alone - 1:+.0%}") if beside is not None else ("-", "-")
-        lines.append(f"| {name} | {stall:.0f} | {shown[0]} | {shown[1]} | {statistics.median(measured.total_s):.1f} |")
+        durable = f"{statistics.median(measured.durable_s):.1f}" if measured.durable_s else "-"
+        total = statistics.median(measured.total_s)
+        lines.append(f"| {name} | {stall:.0f} | {shown[0]} | {shown[1]} | {durable} | {total:.1f} |")
     return "\n".join(lines)
 
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         UnsupportedFormatError,
         UnsupportedLeafError,
         UsageError,
+        WorkerError,
     )
     from castore.maintenance.retention import Keep
     from castore.refs import Ref
@@ -123,6 +124,7 @@ __all__ = [
     "UnsupportedFormatError",
     "UnsupportedLeafError",
     "UsageError",
+    "WorkerError",
     "__version__",
     "init",
     "load",

@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
+from castore.backend.local import LocalBackend
 from castore.errors import (
     CastoreError,
     DamageError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from castore.checkpoint.stage import StagedState
     from castore.checkpoint.undelete import ForgottenSnapshot, UndeleteReport
     from castore.checkpoint.valid import ValidState
+    from castore.checkpoint.worker import SaveWorker
     from castore.maintenance.forget import ForgetReport
     from castore.maintenance.gc.report import GcReport
     from castore.maintenance.parity import ParityReport
@@ -65,9 +67,13 @@ PathLike = str | os.PathLike[str]
 class Repository:
     """A repository on this machine. Get one from `castore.init` or `castore.open`."""
 
-    def __init__(self, path: PathLike, handle: Handle) -> None:
+    def __init__(self, path: PathLike, handle: Handle, *, worker_process: bool = False) -> None:
+        if worker_process:
+            _check_worker(handle)
         self._path = Path(path).absolute()
         self._handle = handle
+        self._worker_process = worker_process
+        self._worker: SaveWorker | None = None
         self._saver: BackgroundSaver | None = None
         self._saver_lock = threading.Lock()
         self._policy_counter: PolicyCounter | None = None
@@ -98,6 +104,8 @@ class Repository:
         try:
             self._settle()
         finally:
+            if self._worker is not None and self._saver is not None and self._saver.is_of_this_process:
+                self._worker.close()
             self._handle.close()
 
     def __enter__(self) -> Self:
@@ -110,7 +118,7 @@ class Repository:
         return f"castore.open({str(self._path)!r})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_reopen, (str(self._path), self._handle.base_memory_bytes))
+        return (_reopen, (str(self._path), self._handle.base_memory_bytes, self._worker_process))
 
     # ---- save and load -------------------------------------------------------------------------------------------
 
@@ -167,12 +175,15 @@ class Repository:
     ) -> PendingSave:
         """Save as `save` does, but return as soon as the state has been copied to host memory.
 
-        What is saved is the state at the call: it may change as soon as this returns. The rest goes on in a thread;
-        `result()` of what is returned waits for durability and gives the Snapshot. Saves are committed in the order of
-        the calls, and the interpreter waits for them at its exit. Blocks beyond the copy only while too many saves are
-        waiting (`limit_async`), with one SlowSaveWarning.
+        What is saved is the state at the call: it may change as soon as this returns. The rest goes on in a thread, or
+        in a process of its own where the repository was opened with `worker_process=True`; `result()` of what is
+        returned waits for durability and gives the Snapshot. Saves are committed in the order of the calls, and the
+        interpreter waits for them at its exit. Blocks beyond the copy only while too many saves are waiting
+        (`limit_async`), with one SlowSaveWarning.
 
         An error of an earlier save that nobody has asked for is raised here, before anything is done; else as `save`.
+        `result()` raises what the save raised, or WorkerError when the worker process was killed: that save is lost,
+        unless a note says that the branch has moved, and the next one starts another worker.
         """
         from castore.checkpoint.request import SaveRequest, check_request
         from castore.checkpoint.stage import stage, staged_bytes
@@ -186,7 +197,11 @@ class Repository:
         flat = flatten(state, allow_pickle=allow_pickle)
         pending = saver.reserve(staged_bytes(flat), request.step)
         try:
-            staged = stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab))
+            if self._worker is not None:
+                host, pinned = self._worker.pools()
+            else:
+                host, pinned = self._handle.pool, self._handle.pinned_pool(pinned_slab)
+            staged = stage(flat, host, pinned)
             saver.submit(pending, staged, request)
         except BaseException:
             saver.cancel(pending)
@@ -770,7 +785,10 @@ class Repository:
         from castore.checkpoint.save import save_flat
 
         def carry(staged: StagedState, request: SaveRequest, progress: Progress) -> Snapshot:
-            snapshot = save_flat(self._handle, staged.flat, request, progress=progress)
+            if self._worker is not None:
+                snapshot = self._worker.save(staged, request, progress)
+            else:
+                snapshot = save_flat(self._handle, staged.flat, request, progress=progress)
             self._apply_policy_when_due(snapshot)
             return self._bound(snapshot)
 
@@ -778,6 +796,10 @@ class Repository:
             self._saver_lock, self._pid = threading.Lock(), os.getpid()
         with self._saver_lock:
             if self._saver is None or not self._saver.is_of_this_process:
+                if self._worker_process:
+                    from castore.checkpoint.worker import SaveWorker
+
+                    self._worker = SaveWorker(self._handle)
                 self._saver = BackgroundSaver(carry)
                 wait_at_exit(self._saver)
             return self._saver
@@ -868,15 +890,28 @@ def init(
     return Repository(path, create(Path(path), options))
 
 
-def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None = None) -> Repository:
+def open_(
+    path: PathLike, *, create: bool = False, base_memory_bytes: int | None = None, worker_process: bool = False
+) -> Repository:
     """Open a repository; with `create=True` make one with default options when there is none.
 
     `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
     what is not there is read from the repository, which costs a save about a third as much processor time again. By
     default it is a quarter of the available memory; with 0 a save takes no memory worth speaking of.
 
-    Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError.
+    `worker_process=True` has `save_async` write in a process of its own, at the lowest priority, in place of a thread:
+    for a training that keeps every core busy, whose steps threads would slow down while they encode. Everything else is
+    the same. The process starts with the first `save_async`, takes 50 MB of memory beside the copies (which lie
+    in memory that both share) and the bases, and ends with `close`, with the interpreter, or when the training is
+    killed. A save takes longer to be durable, the longer the less the training leaves of the cores.
+
+    Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError; UsageError where no
+    memory can be shared with another process.
     """
+    if worker_process:
+        from castore.checkpoint.shared_region import check_sharing
+
+        check_sharing()
     try:
         repository = Repository(path, open_repository(Path(path)))
     except RepositoryNotFoundError:
@@ -887,7 +922,16 @@ def open_(path: PathLike, *, create: bool = False, base_memory_bytes: int | None
         except RepositoryExistsError:  # another rank or thread was faster
             repository = Repository(path, open_repository(Path(path)))
     repository.handle.base_memory_bytes = base_memory_bytes
-    return repository
+    return Repository(path, repository.handle, worker_process=worker_process) if worker_process else repository
+
+
+def _check_worker(handle: Handle) -> None:
+    """Raise UsageError when no other process can open what this handle has opened."""
+    if not isinstance(handle.backend, LocalBackend):
+        raise UsageError(
+            f"worker_process: {handle.backend.location} lies in a {type(handle.backend).__name__}, which another "
+            "process cannot open; open without it: a thread saves"
+        )
 
 
 @contextmanager
@@ -901,8 +945,8 @@ def _as_repository(other: Repository | PathLike) -> Iterator[Repository]:
         yield opened
 
 
-def _reopen(path: str, base_memory_bytes: int | None) -> Repository:
-    return open_(path, base_memory_bytes=base_memory_bytes)
+def _reopen(path: str, base_memory_bytes: int | None, worker_process: bool) -> Repository:  # noqa: FBT001  from a pickle
+    return open_(path, base_memory_bytes=base_memory_bytes, worker_process=worker_process)
 
 
 def save(state: Any, path: PathLike, **options: Any) -> Snapshot:

@@ -32,6 +32,7 @@ CastoreError
 │   └── ParityExceededError        more of a pack is lost than its parity restores
 ├── PartialLoadError               a load failed midway: names the live leaves already overwritten
 ├── LeaseError                     a lease was lost or cannot be taken
+├── WorkerError                    the worker process of asynchronous saves ended or cannot run: save again
 └── StorageError                   the file system refused (also an OSError)
     ├── NoSpaceError               the disk is full; nothing was committed
     └── NotFoundError              the named file is not there (also a FileNotFoundError)
@@ -282,6 +283,17 @@ class PartialLoadError(CastoreError):
 
 class LeaseError(CastoreError):
     """A lease was lost or cannot be taken."""
+
+
+class WorkerError(CastoreError):
+    """The process that writes asynchronous saves was ended from outside, or cannot be started.
+
+    `exit_status` is that of the process: negative for a signal, None when it never ran.
+    """
+
+    def __init__(self, message: str, *, exit_status: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
 
 
 class StorageError(CastoreError, OSError):

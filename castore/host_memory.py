@@ -21,11 +21,6 @@ SLOT_BYTES_MIN = GRID_BYTES // 2
 """Below this a slot would waste more memory than it holds."""
 
 
-def occupied_bytes(length: int) -> int:
-    """Memory that a copy of at most one chunk takes: a whole slot, unless it is small."""
-    return GRID_BYTES if length >= SLOT_BYTES_MIN else length
-
-
 @dataclass(frozen=True, slots=True)
 class HostCopy:
     """A copy of one chunk."""
@@ -41,7 +36,7 @@ class HostCopy:
 
 
 MakeSlab = Callable[[int], Any]
-"""Length in bytes → a writable array of uint8."""
+"""Length in bytes → a writable buffer of bytes: an array of uint8, or a memoryview."""
 
 
 class BufferPool:
@@ -67,8 +62,8 @@ class BufferPool:
         """A slot for at most one chunk, to be filled by the caller."""
         with self._lock:
             if not self._free:
-                slab = self._make_slab(_SLAB_SLOTS * GRID_BYTES)
-                self._free = [slab[at * GRID_BYTES : (at + 1) * GRID_BYTES].data for at in range(_SLAB_SLOTS)]
+                slab = memoryview(self._make_slab(_SLAB_SLOTS * GRID_BYTES))
+                self._free = [slab[at * GRID_BYTES : (at + 1) * GRID_BYTES] for at in range(_SLAB_SLOTS)]
             slot = self._free.pop()
         return HostCopy(slot[:length], slot)
 

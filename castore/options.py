@@ -72,6 +72,8 @@ ASYNC_IN_FLIGHT_MAX = 2
 """Saves that may wait or be written at a time: one being written, one staged."""
 ASYNC_NICENESS = 10
 """How far the threads that write an asynchronous save stand back behind those that train."""
+WORKER_NICENESS = 19
+"""The same of a worker process."""
 STAGED_BUDGET_SHARE = 0.5
 """Of the available memory, what staged states may occupy."""
 

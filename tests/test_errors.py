@@ -38,6 +38,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "LostLeavesError": {"message": "m", "lost": ["model/w"], "left": ["step", "model/b"]},
     "NoValidSnapshotError": {"message": "m", "skipped": [("3f2a", "checksum")]},
     "ThinnedError": {"message": "m", "dropped": ["optimizer/m"], "left": ["model"]},
+    "WorkerError": {"message": "m", "exit_status": -9},
 }
 """Arguments of the errors that take more than a message; each becomes an attribute."""
 

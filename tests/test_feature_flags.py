@@ -53,9 +53,15 @@ def push_into(repo: castore.Repository) -> None:
         other.push(repo)
 
 
+def save_in_worker(repo: castore.Repository) -> None:
+    with castore.open(repo.path, worker_process=True) as other:
+        other.save_async(state(9)).result()
+
+
 WRITE: dict[str, Callable[[castore.Repository], object]] = {
     "save": lambda repo: repo.save(state(9)),
     "save_async": lambda repo: repo.save_async(state(9)).result(),
+    "save_async in a worker": save_in_worker,
     "branch": lambda repo: repo.branch("new"),
     "branch move": lambda repo: repo.branch("side", at="main", move=True),
     "tag": lambda repo: repo.tag("new"),

@@ -3,6 +3,8 @@
     save_async:  flatten ─ stage (a memory copy) ─▶ queue ─▶ returns
     the saver:                                       queue ─▶ hash, encode, write, commit ─▶ PendingSave is done
 
+With a worker process (worker.py) the saver hands each save on and waits for it; all else is the same.
+
 Invariants:
 
 1. What is saved is the state at the call. Nothing of the live state is referred to after save_async returned.

@@ -1,34 +1,35 @@
 """Stage a state: copy its bytes to host memory, so that training may go on changing it while the copy is being saved.
 
-Copies go into slots of the handle's pool, which are reused by the next save. Tensors on a CUDA device are copied into
-pinned memory on a stream of their own, all together, and waited for once.
+Copies go into slots of a pool, which are reused by the next save: a large chunk into a slot of its own, small ones one
+behind another. Tensors on a CUDA device are copied into pinned memory on a stream of their own, all together, and
+waited for once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from castore.checkpoint.plan import grid
-from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy, occupied_bytes
+from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
 from castore.options import GRID_BYTES
 from castore.tensors import DeviceCopies, FlatState, Payload, is_on_cuda
 
 
 @dataclass(frozen=True, slots=True)
 class StagedPayload:
-    """The bytes of one leaf in host memory, one copy for each chunk of the grid."""
+    """The bytes of one leaf in host memory, one view for each chunk of the grid."""
 
     raw_bytes: int
     item_bytes: int
     is_float: bool
-    copies: tuple[HostCopy, ...]
+    chunks: tuple[memoryview, ...]
 
     def read(self, start: int, stop: int) -> memoryview:
         """A range within one chunk, without a copy."""
         index = start // GRID_BYTES
         first = index * GRID_BYTES
-        return self.copies[index].view[start - first : stop - first] if self.copies else memoryview(b"")
+        return self.chunks[index][start - first : stop - first] if self.chunks else memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,37 +42,86 @@ class StagedState:
 
 
 def staged_bytes(flat: FlatState) -> int:
-    """Host memory that the copies of a state will take."""
-    lengths = (payload.raw_bytes for payload in flat.payloads if payload is not None)
-    return sum(occupied_bytes(stop - start) for length in lengths for start, stop in grid(length))
+    """Host memory that the copies of a state will take: whole slots."""
+    payloads = [payload for payload in flat.payloads if payload is not None]
+    on_host = (payload.raw_bytes for payload in payloads if not _is_copied_by_device(payload))
+    on_device = (payload.raw_bytes for payload in payloads if _is_copied_by_device(payload))
+    return GRID_BYTES * (_slot_count(on_host) + _slot_count(on_device))
 
 
 def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
     """Copy every payload. Returns when the last byte has arrived in host memory."""
-    taken: list[tuple[BufferPool, HostCopy]] = []
+    slots, pinned_slots = _Slots(pool), _Slots(pinned)
     staged: list[Payload | None] = []
     copies = DeviceCopies()
 
     def release() -> None:
-        for owner, copy in taken:
-            owner.release(copy)
+        slots.release()
+        pinned_slots.release()
 
     try:
         for payload in flat.payloads:
             if payload is None:
                 staged.append(None)
                 continue
-            if is_on_cuda(payload) and payload.raw_bytes >= SLOT_BYTES_MIN:
-                own = tuple(pinned.take(stop - start) for start, stop in grid(payload.raw_bytes))
-                taken.extend((pinned, copy) for copy in own)
-                copies.start(payload, [copy.view for copy in own])
+            by_device = _is_copied_by_device(payload)
+            place = (pinned_slots if by_device else slots).place
+            chunks = tuple(place(stop - start) for start, stop in grid(payload.raw_bytes))
+            if by_device:
+                copies.start(payload, chunks)
             else:
-                own = tuple(pool.copy(payload.read(start, stop)) for start, stop in grid(payload.raw_bytes))
-                taken.extend((pool, copy) for copy in own)
-            staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, own))
+                for (start, stop), chunk in zip(grid(payload.raw_bytes), chunks, strict=True):
+                    chunk[:] = payload.read(start, stop)
+            staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, chunks))
     except BaseException:
         copies.wait()  # nobody may take a slot that a device still writes to
         release()
         raise
     copies.wait()
     return StagedState(FlatState(flat.entries, tuple(staged)), release)
+
+
+def _is_copied_by_device(payload: Payload) -> bool:
+    return is_on_cuda(payload) and payload.raw_bytes >= SLOT_BYTES_MIN
+
+
+class _Slots:
+    """The slots of one state."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+        self._taken: list[HostCopy] = []
+        self._room = memoryview(b"")
+        """What is left of the slot that small chunks share."""
+
+    def place(self, length: int) -> memoryview:
+        """Memory for one chunk."""
+        if length >= SLOT_BYTES_MIN:
+            return self._take(length)
+        if len(self._room) < length:
+            self._room = self._take(GRID_BYTES)
+        place, self._room = self._room[:length], self._room[length:]
+        return place
+
+    def release(self) -> None:
+        """Nobody may look at the memory any more."""
+        for copy in self._taken:
+            self._pool.release(copy)
+
+    def _take(self, length: int) -> memoryview:
+        copy = self._pool.take(length)
+        self._taken.append(copy)
+        return copy.view
+
+
+def _slot_count(lengths: Iterable[int]) -> int:
+    """Slots that `_Slots` takes for leaves of these lengths."""
+    count = room = 0
+    for length in (stop - start for leaf_bytes in lengths for start, stop in grid(leaf_bytes)):
+        if length >= SLOT_BYTES_MIN:
+            count += 1
+            continue
+        if room < length:
+            count, room = count + 1, GRID_BYTES
+        room -= length
+    return count

@@ -14,7 +14,7 @@ from castore.tensors.mapped import adopt, can_adopt
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
 from castore.tensors.payloads import Payload
 from castore.tensors.scalars import decode_value
-from castore.tensors.staging import DeviceCopies, is_on_cuda, pinned_slab
+from castore.tensors.staging import DeviceCopies, is_on_cuda, pin, pinned_slab
 from castore.tensors.targets import ARRAY_KINDS, Target, allocate, live_target
 from castore.tensors.unflatten import make_view, select, slice_rows, unflatten
 
@@ -37,6 +37,7 @@ __all__ = [
     "live_target",
     "make_view",
     "match",
+    "pin",
     "pinned_slab",
     "select",
     "slice_rows",

@@ -6,7 +6,7 @@ is done, so that it sees the state at the call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from castore.tensors.arrays import words_on_device
@@ -28,6 +28,22 @@ def pinned_slab(length: int) -> npt.NDArray[np.uint8]:
     torch = require_torch("CUDA tensors")
     slab: npt.NDArray[np.uint8] = torch.empty(length, dtype=torch.uint8, pin_memory=True).numpy()
     return slab
+
+
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every device of the process."""
+
+
+def pin(address: int, length: int) -> Callable[[], None]:
+    """Lock the pages of host memory that others made; returns what undoes it, for while the memory is still there.
+
+    Raises RuntimeError when the driver refuses.
+    """
+    runtime = require_torch("CUDA tensors").cuda.cudart()
+    status = int(runtime.cudaHostRegister(address, length, _PORTABLE))
+    if status != 0:
+        raise RuntimeError(f"the driver does not lock {length} bytes of it (cudaHostRegister returns {status})")
+    return lambda: runtime.cudaHostUnregister(address) and None
 
 
 class DeviceCopies:

@@ -1,6 +1,7 @@
 """Asynchronous saves: the state at the call, in order, every error heard once, and nothing lost but what is in flight.
 
-A gate in the backend holds the writing thread wherever a test wants it; processes that are killed are real.
+A gate in the backend holds the writing thread wherever a test wants it; processes that are killed are real. What must
+be the same with a worker process (test_worker.py) is tried with both.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import gc
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import tests.tensors.quiet  # noqa: F401
 from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.backend.base import Backend
+from castore.checkpoint import worker
 from castore.checkpoint.background import BackgroundSaver, PendingSave
 from castore.checkpoint.plan import hash_state
 from castore.checkpoint.request import SaveRequest
@@ -103,6 +106,72 @@ def gated(inner: Backend | None = None, *, operation: str = "claim") -> Iterator
             repo.wait()
 
 
+class WorkerGate:
+    """Holds the worker process of a repository, before its next save."""
+
+    def __init__(self, repo: Repository) -> None:
+        self._repo = repo
+        self.reached = threading.Event()
+        self.reached.set()
+        repo.save_async({"start": "the worker"}, branch="warm-up").result(WAIT_S)
+        self.close()
+
+    def open(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def close(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        pid = self._repo._worker.pid if self._repo._worker is not None else None
+        if pid is not None:
+            os.kill(pid, number)
+
+
+MakeRepository = Callable[[], Repository]
+MakeGated = Callable[[], AbstractContextManager[tuple[Repository, Any]]]
+
+
+@pytest.fixture(params=["thread", "process"])
+def worker_process(request: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(worker, "WORKER_NICENESS", 0)  # a busy machine would leave it nothing
+    return bool(request.param == "process")
+
+
+@pytest.fixture
+def fresh(worker_process: bool, tmp_path: Path) -> Iterator[MakeRepository]:
+    """Makes empty repositories."""
+    opened: list[Repository] = []
+
+    def make() -> Repository:
+        if worker_process:
+            opened.append(castore.open(tmp_path / f"{len(opened)}", create=True, worker_process=True))
+        else:
+            opened.append(create_on(MemoryBackend()))
+        return opened[-1]
+
+    yield make
+    for repo in opened:
+        with suppress(Exception):
+            repo.close()
+
+
+@pytest.fixture
+def held(worker_process: bool, fresh: MakeRepository) -> MakeGated:
+    """Makes repositories whose background saves wait until the gate is opened."""
+
+    @contextmanager
+    def make() -> Iterator[tuple[Repository, WorkerGate]]:
+        repo = fresh()
+        gate = WorkerGate(repo)
+        try:
+            yield repo, gate
+        finally:
+            gate.open()
+
+    return make if worker_process else gated
+
+
 def failing(error: Exception, *, operation: str = "create_stream", times: int = 1) -> tuple[Repository, HookedBackend]:
     """A repository of which some backend calls fail."""
     left = times
@@ -176,8 +245,8 @@ def spoil(value: Any) -> None:
         value.append("more")
 
 
-def test_what_changes_after_the_call_never_reaches_disk() -> None:
-    with gated() as (repo, gate):
+def test_what_changes_after_the_call_never_reaches_disk(held: MakeGated) -> None:
+    with held() as (repo, gate):
         state = live_state()
         before = id_of_state(state, repo)
         metadata, metrics, tags = {"deep": [1, 2]}, {"loss": 1.0}, ["first"]
@@ -196,8 +265,8 @@ def test_what_changes_after_the_call_never_reaches_disk() -> None:
         assert [tag.name for tag in repo.tags()] == ["first"]
 
 
-def test_staged_and_direct_saves_are_the_same() -> None:
-    repo = create_on(MemoryBackend())
+def test_staged_and_direct_saves_are_the_same(fresh: MakeRepository) -> None:
+    repo = fresh()
     states = [live_state(), {}, {"empty": np.zeros((0, 3))}, [1, 2], 3.5, dense(3), training_state(4)]
     for number, state in enumerate(states):
         direct = repo.save(state, branch=f"direct-{number}")
@@ -208,12 +277,12 @@ def test_staged_and_direct_saves_are_the_same() -> None:
         assert len(staged.leaves) == len(direct.leaves)
 
 
-def test_nothing_of_the_live_state_is_kept_alive() -> None:
+def test_nothing_of_the_live_state_is_kept_alive(held: MakeGated) -> None:
     import weakref
 
     import torch
 
-    with gated() as (repo, gate):
+    with held() as (repo, gate):
         state = {"torch": torch.randn(1000, 500), "numpy": np.random.default_rng(0).standard_normal(300_000)}
         alive = [weakref.ref(value) for value in state.values()]
         pending = repo.save_async(state, step=1)
@@ -225,9 +294,9 @@ def test_nothing_of_the_live_state_is_kept_alive() -> None:
         pending.result(WAIT_S)
 
 
-def test_buffers_are_used_again_and_no_state_gets_into_another() -> None:
+def test_buffers_are_used_again_and_no_state_gets_into_another(fresh: MakeRepository) -> None:
     """More saves than slots, sizes that change, two branches in turns, through one pool that the bases share."""
-    repo = create_on(MemoryBackend())
+    repo = fresh()
     repo.limit_async(in_flight=3)
     sizes = random.Random(0)
     expected: list[tuple[PendingSave, str]] = []
@@ -265,8 +334,8 @@ def test_memory_is_given_back_after_success_and_failure() -> None:
     assert len(slabs) <= 1
 
 
-def test_a_state_that_cannot_be_saved_is_refused_at_the_call() -> None:
-    repo = create_on(MemoryBackend())
+def test_a_state_that_cannot_be_saved_is_refused_at_the_call(fresh: MakeRepository) -> None:
+    repo = fresh()
     with pytest.raises(UnsupportedLeafError):
         repo.save_async({"what": object()})
     with pytest.raises(UsageError):
@@ -305,8 +374,8 @@ def test_done_is_said_only_of_what_is_durable() -> None:
     assert pending[0].result() is snapshot
 
 
-def test_result_waits_as_long_as_it_was_told() -> None:
-    with gated() as (repo, gate):
+def test_result_waits_as_long_as_it_was_told(held: MakeGated) -> None:
+    with held() as (repo, gate):
         pending = repo.save_async(dense(1))
         begun = time.monotonic()
         with pytest.raises(TimeoutError, match=r"not durable after 0\.05 s"):
@@ -331,8 +400,8 @@ def test_progress_rises_to_all_of_it() -> None:
         assert pending.progress().done_bytes == pending.progress().total_bytes == total
 
 
-def test_a_result_may_be_asked_for_from_many_threads() -> None:
-    with gated() as (repo, gate):
+def test_a_result_may_be_asked_for_from_many_threads(held: MakeGated) -> None:
+    with held() as (repo, gate):
         pending = repo.save_async(dense(1))
         with ThreadPoolExecutor(8) as threads:
             futures = [threads.submit(pending.result, WAIT_S) for _ in range(8)]
@@ -343,8 +412,8 @@ def test_a_result_may_be_asked_for_from_many_threads() -> None:
 # ---- order -------------------------------------------------------------------------------------------------------
 
 
-def test_saves_are_committed_in_the_order_of_the_calls() -> None:
-    repo = create_on(MemoryBackend())
+def test_saves_are_committed_in_the_order_of_the_calls(fresh: MakeRepository) -> None:
+    repo = fresh()
     repo.limit_async(in_flight=50)
     pending = [repo.save_async(dense(step, items=5_000), branch=f"b{step % 3}", step=step) for step in range(30)]
     times = [save.result(WAIT_S).created_at for save in pending]
@@ -353,8 +422,8 @@ def test_saves_are_committed_in_the_order_of_the_calls() -> None:
         assert [snapshot.step for snapshot in repo.log(f"b{number}")] == list(range(27 + number, -1, -3))
 
 
-def test_a_synchronous_save_comes_after_what_was_asked_for_before() -> None:
-    with gated() as (repo, gate):
+def test_a_synchronous_save_comes_after_what_was_asked_for_before(held: MakeGated) -> None:
+    with held() as (repo, gate):
         first = repo.save_async(dense(1), step=1)
         threading.Timer(0.1, gate.open).start()
         second = repo.save(dense(2), step=2)
@@ -362,9 +431,9 @@ def test_a_synchronous_save_comes_after_what_was_asked_for_before() -> None:
         assert second.parents == (first.result(0).id,)
 
 
-def test_wait_and_close_wait() -> None:
+def test_wait_and_close_wait(held: MakeGated) -> None:
     for end in (Repository.wait, Repository.close):
-        with gated() as (repo, gate):
+        with held() as (repo, gate):
             pending = repo.save_async(dense(1), step=1)
             threading.Timer(0.1, gate.open).start()
             end(repo)
@@ -386,15 +455,15 @@ def test_a_load_beside_a_save_sees_the_state_before_or_after() -> None:
         assert repo.save(dense(3)).parents == (pending.result(0).id,)
 
 
-def test_an_idle_handle_keeps_no_thread(tmp_path: Path) -> None:
-    with castore.init(tmp_path / "store") as repo:
+def test_an_idle_handle_keeps_no_thread(tmp_path: Path, worker_process: bool) -> None:
+    with castore.open(tmp_path / "store", create=True, worker_process=worker_process) as repo:
         for step in range(3):
             repo.save_async(dense(step, items=100), step=step).result(WAIT_S)
             until(lambda: not any(thread.name == "castore-save" for thread in threading.enumerate()))
 
 
-def test_a_repository_that_nobody_holds_on_to_still_finishes(tmp_path: Path) -> None:
-    pending = castore.init(tmp_path / "store").save_async(dense(1), step=1)
+def test_a_repository_that_nobody_holds_on_to_still_finishes(tmp_path: Path, worker_process: bool) -> None:
+    pending = castore.open(tmp_path / "store", create=True, worker_process=worker_process).save_async(dense(1), step=1)
     gc.collect()
     assert pending.result(WAIT_S).step == 1
     with castore.open(tmp_path / "store") as repo:
@@ -492,9 +561,11 @@ def test_errors_that_are_no_ordinary_ones_are_heard_too() -> None:
         repo.close()
 
 
-def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(
+    monkeypatch: pytest.MonkeyPatch, fresh: MakeRepository
+) -> None:
     """A container that allows no more threads."""
-    repo = create_on(MemoryBackend())
+    repo = fresh()
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -510,8 +581,8 @@ def test_a_thread_that_cannot_be_started_is_an_error_and_not_a_hang(monkeypatch:
     assert [snapshot.step for snapshot in repo.log("main")] == [2]
 
 
-def test_a_conflict_in_the_background_is_heard_and_nothing_is_lost() -> None:
-    with gated() as (repo, gate):
+def test_a_conflict_in_the_background_is_heard_and_nothing_is_lost(held: MakeGated) -> None:
+    with held() as (repo, gate):
         gate.open()
         first = repo.save_async(dense(1), step=1).result(WAIT_S)
         gate.close()
@@ -617,8 +688,8 @@ def test_a_crash_at_any_call_leaves_the_history(tmp_path: Path) -> None:
 # ---- back-pressure -----------------------------------------------------------------------------------------------
 
 
-def test_over_the_limit_the_call_waits_and_says_so_once() -> None:
-    with gated() as (repo, gate):
+def test_over_the_limit_the_call_waits_and_says_so_once(held: MakeGated) -> None:
+    with held() as (repo, gate):
         repo.limit_async(in_flight=2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -641,11 +712,11 @@ def test_over_the_limit_the_call_waits_and_says_so_once() -> None:
         assert [save.result(WAIT_S).step for save in pending] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_bytes_are_limited_too_and_a_save_that_is_too_large_goes_alone() -> None:
+def test_bytes_are_limited_too_and_a_save_that_is_too_large_goes_alone(held: MakeGated) -> None:
     state = dense(0)
-    with gated() as (repo, gate), warnings.catch_warnings():
+    with held() as (repo, gate), warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowSaveWarning)
-        repo.limit_async(in_flight=10, staged_bytes=2 * GRID_BYTES + 500_000)  # a slot each, and small chunks
+        repo.limit_async(in_flight=10, staged_bytes=5 * GRID_BYTES)  # two slots each
         pending = [repo.save_async(state, step=step) for step in (1, 2)]
         threading.Timer(0.15, gate.open).start()
         begun = time.monotonic()
@@ -688,9 +759,9 @@ def test_limits_that_make_no_sense_are_refused(limits: dict[str, int]) -> None:
         create_on(MemoryBackend()).limit_async(**limits)
 
 
-def test_threads_that_save_at_once_stay_within_the_limit() -> None:
+def test_threads_that_save_at_once_stay_within_the_limit(held: MakeGated) -> None:
     """Each found room before the other was counted."""
-    with gated() as (repo, gate), warnings.catch_warnings():
+    with held() as (repo, gate), warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowSaveWarning)
         repo.limit_async(in_flight=2)
         most = 0
@@ -722,8 +793,8 @@ shown = pytest.mark.filterwarnings("always::castore.errors.StaleSaveWarning")
 
 
 @shown
-def test_a_step_that_moved_without_its_tensors_is_named() -> None:
-    repo = create_on(MemoryBackend())
+def test_a_step_that_moved_without_its_tensors_is_named(fresh: MakeRepository) -> None:
+    repo = fresh()
     first = repo.save(dense(1), step=1)
     with pytest.warns(
         StaleSaveWarning, match=rf"step 2: all 2 tensors .* step 1 \(snapshot {first.id[:12]}\)"
@@ -760,9 +831,9 @@ def test_otherwise_nothing_is_said(state: State, step: int | None) -> None:
 
 
 @shown
-def test_a_stale_save_that_is_made_an_error_has_been_saved_all_the_same() -> None:
+def test_a_stale_save_that_is_made_an_error_has_been_saved_all_the_same(fresh: MakeRepository) -> None:
     """Whoever turns warnings into errors would otherwise lose the save over a remark."""
-    repo = create_on(MemoryBackend())
+    repo = fresh()
     repo.save(dense(1), step=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", StaleSaveWarning)
@@ -792,8 +863,8 @@ def test_torch_states_are_compared_bit_for_bit() -> None:
 # ---- pickle and fork ---------------------------------------------------------------------------------------------
 
 
-def test_a_repository_pickles_whether_its_saver_is_idle_or_busy(tmp_path: Path) -> None:
-    with castore.init(tmp_path / "store") as repo:
+def test_a_repository_pickles_whether_its_saver_is_idle_or_busy(tmp_path: Path, worker_process: bool) -> None:
+    with castore.open(tmp_path / "store", create=True, worker_process=worker_process) as repo:
         repo.save_async(dense(0), step=0).result(WAIT_S)
         idle = pickle.loads(pickle.dumps(repo))
         assert_same(idle.load("main"), dense(0))
@@ -900,13 +971,13 @@ def state(step):
     weights = np.random.default_rng(0).standard_normal(300_000, dtype=np.float32)
     return {{"w": weights * np.float32(1 + 1e-5 * step), "step": step}}
 
-repo = castore.open({path!r}, create=True)
+repo = castore.open({path!r}, create=True, worker_process={worker_process})
 {body}
 """
 
 
-def run_program(path: Path, body: str, *options: str) -> subprocess.CompletedProcess[str]:
-    program = PROGRAM.format(path=str(path), body=body)
+def run_program(path: Path, body: str, *options: str, worker_process: bool = False) -> subprocess.CompletedProcess[str]:
+    program = PROGRAM.format(path=str(path), body=body, worker_process=worker_process)
     root = Path(castore.__file__).parent.parent
     return subprocess.run(
         [sys.executable, *options, "-c", program],
@@ -929,9 +1000,9 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_interpreter_waits_for_durability(tmp_path: Path, ending: str) -> None:
+def test_the_interpreter_waits_for_durability(tmp_path: Path, ending: str, worker_process: bool) -> None:
     saves = "repo.limit_async(in_flight=10)\nfor step in range(4): repo.save_async(state(step), step=step)\n"
-    done = run_program(tmp_path / "store", saves + ENDINGS[ending], "-W", "error")
+    done = run_program(tmp_path / "store", saves + ENDINGS[ending], "-W", "error", worker_process=worker_process)
     code = {"sys.exit": 3, "an error": 1}.get(ending, 0)
     assert done.returncode == code, done.stderr
     assert ("of the program" in done.stderr) if ending == "an error" else not done.stderr, done.stderr

@@ -27,10 +27,11 @@ def make_state() -> dict[str, object]:
     }
 
 
-def test_a_state_that_changes_right_after_the_call_is_saved_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worker_process", [False, True])
+def test_a_state_that_changes_right_after_the_call_is_saved_as_it_was(tmp_path: Path, worker_process: bool) -> None:
     state = make_state()
     before = {name: value.cpu().clone() for name, value in state.items()}  # type: ignore[attr-defined]
-    with castore.init(tmp_path / "store") as repo:
+    with castore.open(tmp_path / "store", create=True, worker_process=worker_process) as repo:
         torch.cuda._sleep(200_000_000)  # the copies must wait for work that was queued before them
         state["plain"].add_(1)  # type: ignore[attr-defined]
         before["plain"], before["transposed"] = before["plain"] + 1, (before["plain"] + 1).t()
@@ -43,9 +44,10 @@ def test_a_state_that_changes_right_after_the_call_is_saved_as_it_was(tmp_path: 
         assert torch.equal(loaded[name].resolve_conj(), expected.resolve_conj()), name
 
 
-def test_staged_and_direct_saves_have_one_state_id(tmp_path: Path) -> None:
+@pytest.mark.parametrize("worker_process", [False, True])
+def test_staged_and_direct_saves_have_one_state_id(tmp_path: Path, worker_process: bool) -> None:
     state = make_state()
-    with castore.init(tmp_path / "store") as repo:
+    with castore.open(tmp_path / "store", create=True, worker_process=worker_process) as repo:
         direct = repo.save(state, branch="direct")
         staged = repo.save_async(state, branch="staged").result()
         assert direct.state_id == staged.state_id

@@ -1,0 +1,75 @@
+"""Staging: where the copies lie, and what they occupy."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+from castore.checkpoint.stage import stage, staged_bytes
+from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
+from castore.options import GRID_BYTES
+from castore.tensors import flatten
+
+
+class CountingPool(BufferPool):
+    """Counts the slots that are out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = 0
+
+    def take(self, length: int) -> HostCopy:
+        self.out += 1
+        return super().take(length)
+
+    def release(self, copy: HostCopy) -> None:
+        self.out -= 1
+        super().release(copy)
+
+
+def states() -> list[dict[str, Any]]:
+    sizes = random.Random(0)
+    edges = [
+        0,
+        1,
+        SLOT_BYTES_MIN - 1,
+        SLOT_BYTES_MIN,
+        SLOT_BYTES_MIN + 1,
+        GRID_BYTES,
+        GRID_BYTES + 1,
+        5 * GRID_BYTES // 2,
+    ]
+    mixed = [
+        {str(number): sizes.choice([sizes.randrange(3000), sizes.randrange(3 * GRID_BYTES)]) for number in range(30)}
+        for _ in range(8)
+    ]
+    lengths = [{"one": edge} for edge in edges] + [{str(edge): edge for edge in edges}] + mixed
+    return [
+        {name: np.random.default_rng(length).integers(0, 256, length, np.uint8) for name, length in leaves.items()}
+        for leaves in lengths
+    ]
+
+
+def test_copies_are_right_and_occupy_what_is_said_before() -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    for state in states():
+        flat = flatten(state)
+        staged = stage(flat, pool, pinned)
+        assert staged_bytes(flat) == pool.out * GRID_BYTES
+        for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
+            if live is None or copy is None:
+                assert live is copy
+                continue
+            for start in range(0, live.raw_bytes, GRID_BYTES):
+                stop = min(start + GRID_BYTES, live.raw_bytes)
+                assert copy.read(start, stop) == live.read(start, stop)
+                assert copy.read((start + stop) // 2, stop) == live.read((start + stop) // 2, stop)
+        staged.release()
+        assert pool.out == pinned.out == 0
+
+
+def test_small_leaves_share_slots() -> None:
+    flat = flatten({str(number): np.full(70_000, number, np.uint8) for number in range(28)})
+    assert staged_bytes(flat) == 2 * GRID_BYTES
