@@ -88,7 +88,7 @@ class Worker:
         payloads = tuple(None if payload is None else self._staged(payload) for payload in job.payloads)
         try:
             flat = FlatState(job.entries, payloads)
-            snapshot = save_flat(handle, flat, job.request, progress=self._progress, staged=True)
+            snapshot = save_flat(handle, flat, job.request, progress=self._progress)
         except BaseException as error:  # noqa: BLE001  whatever it is, the caller must hear of it
             return Failed(_that_travels(error), traceback.format_exc())
         return Saved(replace(snapshot, _read_leaves=_no_leaves))
