@@ -39,6 +39,13 @@ MakeSlab = Callable[[int], Any]
 """Length in bytes → a writable buffer of bytes: an array of uint8, or a memoryview."""
 
 
+def copy_bytes(target: memoryview, raw: Buffer) -> None:
+    """Fill memory with as many bytes. numpy lets other threads run meanwhile, an assignment to a memoryview does not."""
+    import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
+
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(raw, np.uint8))
+
+
 class BufferPool:
     """Slots of one chunk. Thread-safe."""
 
@@ -51,11 +58,8 @@ class BufferPool:
         """Copy at most one chunk. `release` the copy after use."""
         if len(raw) < SLOT_BYTES_MIN:
             return HostCopy(memoryview(bytes(raw)), None)
-        import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
-
         copy = self.take(len(raw))
-        # numpy lets other threads run while it copies, a memoryview does not.
-        np.copyto(np.frombuffer(copy.view, np.uint8), np.frombuffer(raw, np.uint8))
+        copy_bytes(copy.view, raw)
         return copy
 
     def take(self, length: int) -> HostCopy:

@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 import castore
+from castore.codec.registry import DELTA, ORDERED
 from castore.errors import UnsupportedFormatError
+from castore.format.pack import RecordKind
 from castore.format.textfile import decode_text_file, encode_text_file
 from castore.maintenance.parity import remove_parity
+from castore.pack.reader import read_table
+from castore.store import list_packs
+
+PLANES = 3
 
 READ: dict[str, Callable[[castore.Repository], object]] = {
     "load": lambda repo: repo.load(),
@@ -192,6 +198,80 @@ def test_collectors_refuse_flags_of_writing_and_of_collecting(root: Path, name: 
 def test_without_flags_every_operation_goes_on(root: Path, name: str) -> None:
     with castore.open(root) as repo:
         {**READ, **WRITE, **COLLECT}[name](repo)
+
+
+# ---- flags that this castore knows -----------------------------------------------------------------------------------
+
+
+def chains_in(root: Path) -> set[tuple[int, ...]]:
+    """Chains of the records of leaves."""
+    with castore.open(root) as repo:
+        store = repo.handle.store
+        tables = (
+            read_table(store.open_pack(pack_id), where=pack_id, expected_id=pack_id, hasher=store.hasher)
+            for pack_id in list_packs(repo.handle.backend)
+        )
+        return {row.chain for table in tables for row in table if row.kind is RecordKind.LEAF}
+
+
+def trained(step: int) -> dict[str, Any]:
+    """Weights of all sizes that each step moves by about as much."""
+    weights = np.random.default_rng(0).standard_normal(30_000).astype(np.float32) * np.float32(0.05)
+    moved = np.random.default_rng(step).standard_normal(30_000).astype(np.float32) * np.float32(1e-4)
+    return {"weights": weights + moved, "step": step}
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> Path:
+    """A repository as they are made now."""
+    with castore.init(tmp_path / "ordered") as repo:
+        for step in (1, 2, 3):
+            repo.save(trained(step), step=step)
+    assert (ORDERED,) in chains_in(tmp_path / "ordered")
+    return tmp_path / "ordered"
+
+
+def test_a_new_repository_says_that_its_differences_may_be_sorted(ordered: Path) -> None:
+    fields = decode_text_file((ordered / "config").read_bytes(), name="config")
+    assert fields["features"] == {"read": [], "write": ["ordered"], "gc": []}
+
+
+@pytest.mark.parametrize("way", ["save", "push", "pull", "push beside", "repair", "repack", "gc"])
+def test_a_repository_without_the_flag_gets_no_sorted_difference(ordered: Path, tmp_path: Path, way: str) -> None:
+    """Whatever brings it there: a castore that froze version 1 could not rest on it."""
+    plain = tmp_path / "plain"
+    castore.init(plain).close()
+    need(plain)
+    with castore.open(plain) as repo:
+        if way == "push":
+            with castore.open(ordered) as source:
+                source.push(repo)
+        elif way == "pull":
+            repo.pull(ordered)
+        else:
+            for step in (1, 2, 3):
+                repo.save(trained(step), step=step)
+        if way == "push beside":
+            with castore.open(ordered) as source:
+                source.branch("other")
+                source.push(repo, ["other"])
+        elif way == "repair":
+            damaged = max(plain.glob("packs/*/*.pack"), key=lambda path: path.stat().st_size)
+            with damaged.open("r+b") as file:
+                file.seek(5000)
+                file.write(b"x" * 100)
+            repo.repair(sources=[ordered])
+        elif way == "repack":
+            repo.repack(level="max")
+        elif way == "gc":
+            repo.forget(castore.Keep(last=1))
+            repo.gc(repack_below=1.0)
+    chains = chains_in(plain)
+    assert (ORDERED,) not in chains
+    assert chains & {(DELTA,), (PLANES,)}
+    with castore.open(plain) as repo:
+        assert repo.verify(data=True).ok
+        assert np.array_equal(repo.load("main")["weights"], trained(3)["weights"])
 
 
 def test_a_repository_of_a_pre_release_says_what_to_do(root: Path) -> None:

@@ -19,7 +19,7 @@ from tests.suites.golden_rows import Point, row, rows_of
 
 GOLDEN = Path(__file__).parent / "golden"
 V1 = GOLDEN / "v1"
-NAMES = ("copies", "crashed-gc", "history", "id-list", "lz4", "repaired", "runs", "torch")
+NAMES = ("copies", "crashed-gc", "history", "id-list", "lz4", "ordered", "repaired", "runs", "torch")
 SOUND = tuple(name for name in NAMES if name != "repaired")
 BROKEN: dict[str, Any] = json.loads((V1 / "broken.json").read_text())
 CLASSES = {"tests.suites.golden_rows:Point": Point}
@@ -28,6 +28,7 @@ CONTAINERS = {"DICT", "ORDERED_DICT", "LIST", "TUPLE", "NAMEDTUPLE", "DATACLASS"
 ENCODINGS = {
     *((1, 0), (1, 1, 0), (1, 2, 0), (1, 4, 0)),  # raw, lz4, zstd, constant
     *((1, 3, 1, 0), (1, 16, 2, 1), (1, 16, 3, 1), (1, 16, 4, 1)),  # planes; difference, xor, scaled
+    *((1, 18, 2, 1), (1, 18, 4, 1)),  # difference and scaled, sorted
     *((1, 17, 1, 1), (1, 17, 1, 2), (1, 17, 2, 1), (1, 17, 3, 1), (1, 17, 4, 1)),  # derived, from one or two chunks
     *((2, 0), (2, 1, 0), (2, 2, 0), (3, 0)),  # manifest parts, an id list
 }

@@ -162,6 +162,21 @@ def _cut_half(values: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, 
     return halves
 
 
+def trained_state(step: int) -> dict[str, Any]:
+    """Floats of all sizes that each step moves by about as much; some rows are never touched, some decay besides."""
+    weights = noise(71, 20_000) * np.float32(0.05) + noise(80 + step, 20_000) * np.float32(1e-4)
+    rows = noise(72, 200, 32)
+    rows[step::3] += noise(90 + step, 200, 32)[step::3] * np.float32(1e-3)
+    decayed = noise(73, 12_000) * np.float32(0.99) ** np.float32(step) + noise(74 + step, 12_000) * np.float32(1e-5)
+    return {
+        "weights": weights,
+        "rows": rows,
+        "decayed": decayed,
+        "half": (weights * 64).astype(np.float16)[:6000],
+        "double": weights[:3000].astype(np.float64) + noise(100 + step, 3000),
+    }
+
+
 def runs_state(step: int) -> dict[str, Any]:
     """One array long enough for a run, and more values than one manifest part holds."""
     return {
@@ -240,6 +255,14 @@ def build_copies(root: Path) -> Recorder:
     return made
 
 
+def build_ordered(root: Path) -> Recorder:
+    """Differences sorted by the exponents of their base: with the feature flag that came with them."""
+    made = Recorder(root)
+    for step in (1, 2):
+        made.save(trained_state(step), step=step)
+    return made
+
+
 def build_runs(root: Path) -> Recorder:
     made = Recorder(root, compression="none")
     made.save(runs_state(1), step=1)
@@ -311,6 +334,7 @@ BUILDERS: dict[str, Callable[[Path], Recorder]] = {
     "history": build_history,
     "torch": build_torch,
     "copies": build_copies,
+    "ordered": build_ordered,
     "runs": build_runs,
     "lz4": build_lz4,
     "id-list": build_id_list,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from castore.checkpoint.plan import grid
-from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
+from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy, copy_bytes
 from castore.options import GRID_BYTES
 from castore.tensors import DeviceCopies, FlatState, Payload, is_on_cuda
 
@@ -71,7 +71,7 @@ def stage(flat: FlatState, pool: BufferPool, pinned: BufferPool) -> StagedState:
                 copies.start(payload, chunks)
             else:
                 for (start, stop), chunk in zip(grid(payload.raw_bytes), chunks, strict=True):
-                    chunk[:] = payload.read(start, stop)
+                    copy_bytes(chunk, payload.read(start, stop))
             staged.append(StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, chunks))
     except BaseException:
         copies.wait()  # nobody may take a slot that a device still writes to

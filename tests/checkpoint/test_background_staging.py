@@ -12,7 +12,8 @@ import pytest
 
 import castore
 from castore.backend import MemoryBackend
-from castore.host_memory import BufferPool
+from castore.checkpoint import stage
+from castore.host_memory import copy_bytes
 from castore.options import GRID_BYTES
 from tests.checkpoint.killing import Report, fork
 from tests.checkpoint.repositories import create_on, files_of, held_leases, open_on
@@ -29,16 +30,16 @@ def state_of(step: int) -> State:
 
 def copying(stop: Any, *, at: int) -> Any:
     """A patch under which the copy number `at` of a state does `stop` first."""
-    copy, seen = BufferPool.copy, 0
+    seen = 0
 
-    def counted(self: BufferPool, data: Any) -> Any:
+    def counted(target: memoryview, raw: Any) -> None:
         nonlocal seen
         seen += 1
         if seen == at + 1:
             stop()
-        return copy(self, data)
+        copy_bytes(target, raw)
 
-    return mock.patch.object(BufferPool, "copy", counted)
+    return mock.patch.object(stage, "copy_bytes", counted)
 
 
 @pytest.mark.parametrize("at", [0, 2, 4, 7])
