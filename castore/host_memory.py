@@ -40,7 +40,7 @@ MakeSlab = Callable[[int], Any]
 
 
 def copy_bytes(target: memoryview, raw: Buffer) -> None:
-    """Fill memory with as many bytes. numpy lets other threads run meanwhile, an assignment to a memoryview does not."""
+    """Fill memory with as many bytes. numpy lets other threads run meanwhile, assigning to a memoryview does not."""
     import numpy as np  # costs 80 ms of start-up, which commands without tensors need not pay
 
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(raw, np.uint8))
