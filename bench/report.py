@@ -34,6 +34,7 @@ TITLES = {
     "lora": "LoRA r=8",
     "gpt_scratch": "Small GPT from scratch, with EMA",
     "sparse_embeddings": "Sparse embeddings",
+    "decayed_embeddings": "The same embeddings under AdamW",
     "resave": "Re-save: nothing changed",
     "fork": "Fork: a save ten steps after leaving a history",
     "load_all": "Load all of one full fine-tune state",

@@ -99,12 +99,13 @@ _SHARE_LIMITS = {
     "lora": 0.95,
     "gpt_scratch": 0.96,
     "sparse_embeddings": 0.67,
+    "decayed_embeddings": 0.67,
 }
 """Stored share of a later save against moonclip's, by workload."""
 
 
 def _differential(workload: str) -> tuple[Target, ...]:
-    dense_from_scratch, sparse = workload == "gpt_scratch", workload == "sparse_embeddings"
+    dense_from_scratch, sparse = workload == "gpt_scratch", workload.endswith("_embeddings")
     return (
         _against(workload, "later save bytes / moonclip", "later_share", "moonclip", _SHARE_LIMITS[workload]),
         _against(workload, "later save durable / moonclip", "later_durable_s", "moonclip", 1.0),

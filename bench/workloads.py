@@ -7,6 +7,7 @@
     lora                rank-8 adapters on query and value, base frozen           the same
     gpt_scratch         small byte-level GPT from scratch, lr 3e-4, with EMA      the same
     sparse_embeddings   hashed n-gram table under SparseAdam                      the same
+    decayed_embeddings  the same table under AdamW: moments of all rows decay     the same
     resave              full_finetune                                             one state twice
     fork                full_finetune to step 110, then ten steps of a fork       on the fork
     load_all            full_finetune                                             one; all of it is read
@@ -251,6 +252,7 @@ WORKLOADS: dict[str, Workload] = {
     "lora": Workload(_run("lora"), history),
     "gpt_scratch": Workload(_run("gpt_scratch"), history),
     "sparse_embeddings": Workload(_run("sparse_embeddings"), history),
+    "decayed_embeddings": Workload(_run("decayed_embeddings"), history),
     "resave": Workload(_run("full_finetune", first=1), resave),
     "fork": Workload(_forked, fork, trunk_saves=3),
     "load_all": Workload(_run("full_finetune", first=1), load_all),

