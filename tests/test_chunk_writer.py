@@ -300,6 +300,7 @@ def test_abort_does_not_encode_what_is_still_waiting() -> None:
 
 def test_packs_that_were_sealed_by_rotation_stay_as_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACK_BYTES_MAX", 2000)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1)
     backend = MemoryBackend()
     writer = new_writer(backend, "none")
     for number in range(ENCODE_AHEAD_CHUNKS + 4):
@@ -426,7 +427,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(room_bytes: int) -> None:
 # ---- bounds ------------------------------------------------------------------------------------------------
 
 
-def test_put_blocks_while_the_queue_is_full() -> None:
+def test_put_blocks_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BATCH_BYTES", 1)
     writer = new_writer(MemoryBackend())
     gate, accepted = threading.Event(), []
 

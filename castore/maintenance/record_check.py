@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from castore.backend.base import RangeReader
-from castore.codec.registry import decode_chain
+from castore.codec.registry import base_lengths, decode_chain
 from castore.errors import CastoreError, ChecksumError, UnsupportedFormatError
-from castore.format.pack import Chain, Row
+from castore.format.pack import Row
 from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId
 from castore.maintenance.chunks import ChunkReader
@@ -75,9 +75,9 @@ def reading_threads() -> Iterator[Threads]:
         yield Threads(pool, 2 * count)
 
 
-def base_key(row: Row) -> tuple[tuple[ChunkId, ...], Chain, int]:
+def base_key(row: Row) -> tuple[tuple[ChunkId, ...], tuple[int, ...]]:
     """Equal for rows of one depth whose bases are read into memory alike, so that this is done once for all of them."""
-    return row.base_ids, row.chain, row.raw_bytes
+    return row.base_ids, base_lengths(row.chain, row.raw_bytes)
 
 
 def check_plain(records: Iterable[Record], hasher: Hasher, threads: Threads) -> Iterator[Checked]:

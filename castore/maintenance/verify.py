@@ -13,7 +13,7 @@ payloads a few MiB a thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from castore.damage_marks import leave_mark, readable_marks
@@ -51,8 +51,10 @@ __all__ = ["Examination", "Problem", "VerifyReport", "examine", "settled", "veri
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of pack files."""
 
-_LOOKS_MAX = 8
-"""At a repository whose packs are being collected all the while; then what looks damaged is reported all the same."""
+_LOOKS_ENOUGH, _LOOKS_MAX = 8, 64
+"""At a repository whose packs are being collected all the while. After enough of them, what two looks in a row find is
+reported: damage stays, what a collector moves does not. After the most, whatever the last one found.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +123,17 @@ def verify(
 def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
     """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone."""
     looks = 0
+    problems: Sequence[Problem] = ()
     while True:
         before = list_packs(handle.backend)
         found = look()
         looks += 1
-        problems = found.findings.problems
+        earlier, problems = problems, found.findings.problems
         stayed = before | set(found.pack_ids) <= list_packs(handle.backend)
         # A collector lets the index forget a pack before it removes it; the next look indexes it again where it stands.
         unindexed = looks == 1 and any(problem.kind == "index" for problem in problems)
-        if not problems or looks == _LOOKS_MAX or (stayed and not unindexed):
+        is_steady = looks == _LOOKS_MAX or (looks >= _LOOKS_ENOUGH and problems == earlier)
+        if not problems or is_steady or (stayed and not unindexed):
             return found
 
 

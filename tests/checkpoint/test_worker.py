@@ -495,6 +495,7 @@ import os, signal, sys
 import numpy as np
 import castore
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 repo = castore.open(sys.argv[1], create=True, worker_process=True)
 repo.save_async({"w": np.zeros(5)}, step=0).result()
 pending = repo.save_async({"w": np.random.default_rng(0).standard_normal(3_000_000)}, step=1)

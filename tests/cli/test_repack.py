@@ -27,7 +27,7 @@ def test_show_says_how_each_leaf_is_stored(castore_command, mixed: Path) -> None
     lines = castore_command("-R", mixed, "show", "main", "--stored").lines
     assert next(line for line in lines if line.startswith("PATH")).split()[-3:] == ["STORED", "CODECS", "DEPTH"]
     cells = {line.split()[0]: line.split()[-2:] for line in lines if line.startswith(("weight", "copy", "zeros"))}
-    assert cells == {"weight": ["delta", "1"], "copy": ["derived", "2"], "zeros": ["constant", "0"]}
+    assert cells == {"weight": ["ordered", "1"], "copy": ["derived", "2"], "zeros": ["constant", "0"]}
     document = castore_command("-R", mixed, "show", "main", "--stored", "--json").json
     copy = next(leaf for leaf in document["leaves"] if leaf["path"] == "copy")
     assert (copy["stored_bytes"], copy["codecs"], copy["depth"]) == (1, {"derived": 1}, 2)
@@ -45,7 +45,7 @@ def test_du_counts_codecs_and_pinned_bases(castore_command, mixed: Path) -> None
     document = castore_command("-R", mixed, "du", "--json").json
     counts = {codec["name"]: (codec["chunk_count"], codec["raw_bytes"]) for codec in document["codecs"]}
     assert counts["derived"] == (2, 200_000)
-    assert counts["delta"] == (1, 200_000)
+    assert counts["ordered"] == (1, 200_000)
     assert document["pinned_bytes"] == 0
     assert "no snapshot needs itself" not in castore_command("-R", mixed, "du").out
     with castore.open(mixed) as repo:

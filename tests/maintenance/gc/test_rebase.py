@@ -50,7 +50,7 @@ def test_several_snapshots_share_a_new_base() -> None:
     assert report.pinned_bytes == 0
     check_whole(repo, {ids[3]: dense(3), ids[4]: dense(4)})
     codecs = {codec.name: codec.chunk_count for codec in repo.usage().codecs}
-    assert codecs["delta"] == 1
+    assert codecs["ordered"] == 1
 
 
 def test_where_it_would_cost_more_than_it_frees_bases_stay_and_are_told() -> None:
