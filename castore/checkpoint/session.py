@@ -188,8 +188,9 @@ class WriteSession:
 
         def read() -> Buffer:
             kept = memory.get(base.chunk_id)
-            if kept is not None:
-                # Memory is right whatever the disk did: a difference from a rotten record could never be read again.
+            # Hashed each time: a bit that flipped in memory would go into a difference that proves itself right.
+            if kept is not None and self.handle.hasher.digest(kept) == base.chunk_id:
+                # The disk is looked at too: a difference from a rotten record could never be read again.
                 for location in base.rests_on:
                     store.check(location)
                 return kept

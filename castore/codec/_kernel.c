@@ -324,30 +324,29 @@ static void scatter_all_8(const uint64_t *words, uint8_t *planes, Py_ssize_t ite
         memcpy(&old, base + item * W, W);                                                                              \
         return (uint8_t)(ROTATE_LEFT(U, old) >> (8 * W - 8));                                                          \
     }                                                                                                                  \
-    static void count_classes_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, uint32_t *counts)        \
+    /* The class of each kept element, and how many elements each class has. The base is looked at once: whatever       \
+       happened to it meanwhile, places that are taken from `classes` stay within the counts. */                       \
+    static void classify_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, uint8_t *classes,             \
+                             uint32_t counts[CLASSES])                                                                 \
     {                                                                                                                  \
         memset(counts, 0, CLASSES * sizeof *counts);                                                                   \
         for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
             Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
-            if (is_kept(kept, at))                                                                                     \
-                for (Py_ssize_t i = at; i < end; i++) counts[class_##W(base, i)]++;                                    \
+            if (!is_kept(kept, at)) continue;                                                                          \
+            for (Py_ssize_t i = at; i < end; i++) counts[*classes++ = class_##W(base, i)]++;                           \
         }                                                                                                              \
     }                                                                                                                  \
     /* Planes of the kept elements in place order to ordered planes. words: memory for twice `count` elements. */         \
-    static void order_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,                \
-                          const uint8_t *const *from, uint8_t *to, Py_ssize_t starts[CLASSES], void *words)            \
+    static void order_##W(const uint8_t *classes, Py_ssize_t items, Py_ssize_t count, const uint8_t *const *from,      \
+                          uint8_t *to, Py_ssize_t starts[CLASSES], void *words)                                        \
     {                                                                                                                  \
         U *plain = words, *sorted = plain + count;                                                                     \
         gather_all_##W(from, count, plain);                                                                            \
-        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
-            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
-            if (!is_kept(kept, at)) continue;                                                                          \
-            for (Py_ssize_t i = at; i < end; i++) sorted[starts[class_##W(base, i)]++] = *plain++;                     \
-        }                                                                                                              \
+        for (Py_ssize_t i = 0; i < count; i++) sorted[starts[classes[i]]++] = plain[i];                                \
         scatter_all_##W(sorted, to, items, count);                                                                     \
     }                                                                                                                  \
     /* The inverse, to elements in place; those that are not kept are zero. words: memory for `count` elements. */       \
-    static void disorder_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,             \
+    static void disorder_##W(const uint8_t *classes, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,          \
                              const uint8_t *const *planes, uint8_t *out, Py_ssize_t starts[CLASSES], void *words)      \
     {                                                                                                                  \
         const U *sorted = words;                                                                                       \
@@ -358,7 +357,7 @@ static void scatter_all_8(const uint64_t *words, uint8_t *planes, Py_ssize_t ite
                 memset(out + at * W, 0, (end - at) * W);                                                               \
                 continue;                                                                                              \
             }                                                                                                          \
-            for (Py_ssize_t i = at; i < end; i++) memcpy(out + i * W, &sorted[starts[class_##W(base, i)]++], W);       \
+            for (Py_ssize_t i = at; i < end; i++) memcpy(out + i * W, &sorted[starts[*classes++]++], W);               \
         }                                                                                                              \
     }
 
@@ -381,18 +380,19 @@ DEFINE_ORDER(8, uint64_t)
         untransform_##W(block, other, out + start * W, count, mode);                                                   \
     }
 
-/* As merge_all, of `kept_count` ordered elements. words: memory for as many. */
+/* As merge_all, of `kept_count` ordered elements. words: memory for as many, and a byte for each. */
 static void merge_ordered(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
                           Py_ssize_t items, Py_ssize_t kept_count, int width, int mode, float alpha, void *words)
 {
     uint32_t counts[CLASSES];
     Py_ssize_t starts[CLASSES];
-    BY_WIDTH(width, count_classes_2(base, kept, items, counts), count_classes_4(base, kept, items, counts),
-             count_classes_8(base, kept, items, counts));
+    uint8_t *classes = (uint8_t *)words + kept_count * width;
+    BY_WIDTH(width, classify_2(base, kept, items, classes, counts), classify_4(base, kept, items, classes, counts),
+             classify_8(base, kept, items, classes, counts));
     to_starts(counts, starts);
-    BY_WIDTH(width, disorder_2(base, kept, items, kept_count, planes, out, starts, words),
-             disorder_4(base, kept, items, kept_count, planes, out, starts, words),
-             disorder_8(base, kept, items, kept_count, planes, out, starts, words));
+    BY_WIDTH(width, disorder_2(classes, kept, items, kept_count, planes, out, starts, words),
+             disorder_4(classes, kept, items, kept_count, planes, out, starts, words),
+             disorder_8(classes, kept, items, kept_count, planes, out, starts, words));
     for (Py_ssize_t start = 0; start < items; start += BLOCK) {
         Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
         if (width == 2) RESTORE_BLOCK(2, uint16_t)
@@ -493,18 +493,20 @@ static PyObject *kernel_order(PyObject *module, PyObject *args)
     if (get_optional(kept_object, &kept, PyBUF_SIMPLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
     const uint8_t *groups = kept.obj ? kept.buf : NULL;
     Py_ssize_t count = groups ? count_kept(groups, 0, items) : items;
-    if ((words = PyMem_Malloc(2 * count * width)) == NULL) {
+    if ((words = PyMem_Malloc(count * (2 * width + 1))) == NULL) {
         PyErr_NoMemory();
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
     for (int k = 0; k < width; k++) rows[k] = (const uint8_t *)planes.buf + k * items;
-    BY_WIDTH(width, count_classes_2(base.buf, groups, items, counts.buf),
-             count_classes_4(base.buf, groups, items, counts.buf), count_classes_8(base.buf, groups, items, counts.buf));
+    uint8_t *classes = (uint8_t *)words + 2 * count * width;
+    BY_WIDTH(width, classify_2(base.buf, groups, items, classes, counts.buf),
+             classify_4(base.buf, groups, items, classes, counts.buf),
+             classify_8(base.buf, groups, items, classes, counts.buf));
     to_starts(counts.buf, starts);
-    BY_WIDTH(width, order_2(base.buf, groups, items, count, rows, ordered.buf, starts, words),
-             order_4(base.buf, groups, items, count, rows, ordered.buf, starts, words),
-             order_8(base.buf, groups, items, count, rows, ordered.buf, starts, words));
+    BY_WIDTH(width, order_2(classes, items, count, rows, ordered.buf, starts, words),
+             order_4(classes, items, count, rows, ordered.buf, starts, words),
+             order_8(classes, items, count, rows, ordered.buf, starts, words));
     Py_END_ALLOW_THREADS
     result = Py_None;
     Py_INCREF(result);
@@ -553,7 +555,7 @@ static PyObject *kernel_merge(PyObject *module, PyObject *args)
         }
         planes[held] = views[held].buf;
     }
-    if (ordered && (words = PyMem_Malloc(left * width)) == NULL) {
+    if (ordered && (words = PyMem_Malloc(left * (width + 1))) == NULL) {
         PyErr_NoMemory();
         goto done;
     }
@@ -857,7 +859,7 @@ static PyMethodDef methods[] = {
     {"order", kernel_order, METH_VARARGS, "order(planes, base, kept, ordered, counts, width): sort by class of the base"},
     {"derive", kernel_derive, METH_VARARGS, "derive(master, out, rule): float32 rounded to 16 bits"},
     {"sample", kernel_sample, METH_VARARGS,
-     "sample(raw, base, width, mode, alpha, windows, window_bytes, grouped, table): what entropy coding can make of it"},
+     "sample(raw, base, width, mode, alpha, windows, window_bytes, grouped, segment_items, table): what entropy coding can make of it"},
     {"ratio", kernel_ratio, METH_VARARGS, "ratio(raw, base, windows, window_bytes, items_max): median of new to old floats"},
     {NULL, NULL, 0, NULL},
 };

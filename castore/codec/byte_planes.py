@@ -165,6 +165,8 @@ def decode_planes(stored: memoryview, out: memoryview, *, base: Buffer | None, o
     width, mode, grouped, alpha = _decode_head(stored)
     if (mode in transform.BASE_MODES) is not (base is not None):
         raise CodecError(f"planes: mode {mode} {'has no' if base is None else 'takes no'} base")
+    if base is not None and len(base) != len(out):
+        raise CodecError(f"planes: expected a base of {len(out)} bytes, found {len(base)}")
     if ordered and width == 1:
         raise CodecError("planes: elements of one byte are not ordered")
     items = len(out) // width
