@@ -140,7 +140,7 @@ class Repository:
 
         Args:
             state: any nesting of dict, list, tuple, namedtuple, dataclass and OrderedDict around tensors, arrays,
-                numbers, text, bytes and None. It is read in place, not copied, and must not change until this returns.
+                numbers, text, bytes and None. It is read in place and must not change until this returns.
             branch: made when it does not exist.
             metrics: numbers to choose snapshots by. metadata: any JSON. tags: names that must be free.
             parent: a ref to continue from, whatever the branch's head is now. By default the save continues the head
@@ -897,7 +897,8 @@ def open_(
 
     `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
     what is not there is read from the repository, which costs a save about a third as much processor time again. By
-    default it is a quarter of the available memory; with 0 a save takes no memory worth speaking of.
+    default all repositories of the process have a quarter of the available memory together, or of this rank's share of
+    it (LOCAL_WORLD_SIZE); with 0 a save takes no memory worth speaking of.
 
     `worker_process=True` has `save_async` write in a process of its own, at the lowest priority, in place of a thread:
     for a training that keeps every core busy, whose steps threads would slow down while they encode. Everything else is

@@ -10,9 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
+from castore.available_memory import available_bytes
 from castore.ids import Buffer, ChunkId
 from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
 
@@ -87,9 +88,10 @@ def _plain_slab(length: int) -> Any:
 class BaseMemory:
     """Raw bytes of chunks that the next save will take differences from, within a budget. Thread-safe.
 
-    The budget is BASE_BUDGET_SHARE of the memory that is available when a copy is kept; what does not fit is read from
-    the repository when it is needed. Saves of several threads share it, so each pins what it takes differences from:
-    the memory of a copy that another save drops is overwritten by the next one.
+    The budget is BASE_BUDGET_SHARE of the memory that is available when a save begins, for all repositories of the
+    process together; what does not fit is read from the repository when it is needed. Saves of several threads share
+    it, so each pins what it takes differences from: the memory of a copy that another save drops is overwritten by the
+    next one.
     """
 
     def __init__(self, pool: BufferPool, digest: Callable[[Buffer], bytes]) -> None:
@@ -100,6 +102,8 @@ class BaseMemory:
         self._pins: Counter[ChunkId] = Counter()
         self._held_bytes = 0
         self._budget_bytes = 0
+        with _all_lock:
+            _all.add(self)
 
     @property
     def held_bytes(self) -> int:
@@ -107,10 +111,22 @@ class BaseMemory:
         return self._held_bytes
 
     def set_budget(self, budget_bytes: int | None = None) -> None:
-        """Fix the budget for the next copies: the given one, or a share of what is available now beside the copies."""
+        """Fix the budget for the next copies, and drop what exceeds it and is not pinned.
+
+        Without one, it is a share of what is available now beside the copies of the whole process, less those of its
+        other repositories.
+        """
         if budget_bytes is None:
-            budget_bytes = int(BASE_BUDGET_SHARE * (available_bytes() + self._held_bytes))
-        self._budget_bytes = budget_bytes
+            with _all_lock:
+                others_bytes = sum(memory._held_bytes for memory in _all if memory is not self)
+            budget_bytes = int(BASE_BUDGET_SHARE * (available_bytes() + self._held_bytes + others_bytes)) - others_bytes
+        with self._lock:
+            self._budget_bytes = budget_bytes
+            for chunk_id in list(self._copies):
+                if self._held_bytes <= budget_bytes:
+                    break
+                if chunk_id not in self._pins:
+                    self._drop(chunk_id)
 
     def get(self, chunk_id: ChunkId) -> memoryview | None:
         """The raw bytes, valid as long as the chunk is pinned; None when they are not here."""
@@ -155,30 +171,15 @@ class BaseMemory:
         """Drop every other copy that is not pinned."""
         with self._lock:
             for chunk_id in self._copies.keys() - set(ids) - self._pins.keys():
-                copy = self._copies.pop(chunk_id)
-                self._held_bytes -= copy.held_bytes
-                self._pool.release(copy)
+                self._drop(chunk_id)
+
+    def _drop(self, chunk_id: ChunkId) -> None:
+        """Under the lock."""
+        copy = self._copies.pop(chunk_id)
+        self._held_bytes -= copy.held_bytes
+        self._pool.release(copy)
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping (MemAvailable), within the control group's limit; 0 if unknown."""
-    available = _system_available_bytes()
-    try:
-        limit = (_CONTROL_GROUP / "memory.max").read_text(encoding="ascii").strip()
-        current = int((_CONTROL_GROUP / "memory.current").read_text(encoding="ascii"))
-        return available if limit == "max" else max(0, min(available, int(limit) - current))
-    except (OSError, ValueError):
-        return available
-
-
-_CONTROL_GROUP = Path("/sys/fs/cgroup")
-
-
-def _system_available_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0
+_all: WeakSet[BaseMemory] = WeakSet()
+"""Of this process: they share one budget."""
+_all_lock = threading.Lock()

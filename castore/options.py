@@ -55,7 +55,7 @@ RUN_SHARED_SHARE_MAX = 1 / 8
 """Of the chunks of such a leaf, how many may lie in packs already and are written once more, so that it need not be
 copied on every load: two moments of an optimizer share the zeros of rows that were never touched."""
 ENCODE_AHEAD_CHUNKS = 16
-"""Chunks being encoded or waiting to be written: bounds the memory of a save to 16 MiB raw plus as much encoded."""
+"""Chunks being encoded or waiting to be written: bounds the memory of a save to 20 MiB raw plus as much encoded."""
 
 DELTA_DEPTH_MAX = 2
 """Bases that may have to be read before a chunk decodes. Each level costs a load one more chunk. 2: the first save

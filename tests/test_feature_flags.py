@@ -20,8 +20,6 @@ from castore.maintenance.parity import remove_parity
 from castore.pack.reader import read_table
 from castore.store import list_packs
 
-PLANES = 3
-
 READ: dict[str, Callable[[castore.Repository], object]] = {
     "load": lambda repo: repo.load(),
     "load_latest_valid": lambda repo: repo.load_latest_valid(),
@@ -268,7 +266,7 @@ def test_a_repository_without_the_flag_gets_no_sorted_difference(ordered: Path, 
             repo.gc(repack_below=1.0)
     chains = chains_in(plain)
     assert (ORDERED,) not in chains
-    assert chains & {(DELTA,), (PLANES,)}
+    assert ((DELTA,) in chains) is (way != "gc"), "differences stay differences, unless nothing is left to rest on"
     with castore.open(plain) as repo:
         assert repo.verify(data=True).ok
         assert np.array_equal(repo.load("main")["weights"], trained(3)["weights"])

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from castore.hashing import hasher_for
-from castore.host_memory import BaseMemory, BufferPool, HostCopy, available_bytes
+from castore.host_memory import BaseMemory, BufferPool, HostCopy
 from castore.ids import Buffer, ChunkId
 from castore.options import BASE_BUDGET_SHARE, GRID_BYTES
 
@@ -225,27 +223,25 @@ def test_saves_of_many_threads_share_the_memory_and_never_see_foreign_bytes() ->
     assert memory.held_bytes == 0
 
 
-# ---- what is available -------------------------------------------------------------------------------------------
+def test_repositories_of_one_process_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight of them, opened together, would have taken twice the memory that there is."""
+    monkeypatch.setattr("castore.host_memory.available_bytes", lambda: 16 * GRID_BYTES)
+    memories = [memory_of()[0] for _ in range(8)]
+    for number, memory in enumerate(memories):
+        memory.set_budget(None)
+        for seed in range(20):
+            memory.put(id_of(chunk(seed)), chunk(seed))
+        monkeypatch.setattr("castore.host_memory.available_bytes", lambda: 12 * GRID_BYTES)
+        assert memory.held_bytes == (4 * GRID_BYTES if number == 0 else 0)
 
 
-@pytest.mark.parametrize(
-    ("read_text", "expected"),
-    [
-        (lambda *_, **__: "MemTotal: 9 kB\nMemAvailable:    1234 kB\n", 1234 * 1024),
-        (lambda *_, **__: "MemTotal: 9 kB\n", 0),
-        (lambda *_, **__: "MemAvailable: lots\n", 0),
-    ],
-)
-def test_available_memory_is_read_or_taken_as_none(
-    read_text: Callable[..., str], expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert available_bytes() == expected
-
-
-def test_a_system_that_does_not_say_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert available_bytes() == 0
+def test_a_smaller_budget_drops_what_is_not_pinned() -> None:
+    memory, _ = memory_of(8 * GRID_BYTES)
+    for seed in range(6):
+        memory.put(id_of(chunk(seed)), chunk(seed))
+    memory.pin([id_of(chunk(3))])
+    memory.set_budget(2 * GRID_BYTES)
+    assert memory.held_bytes == 2 * GRID_BYTES
+    memory.set_budget(0)
+    assert memory.held_bytes == GRID_BYTES
+    assert memory.get(id_of(chunk(3))) == chunk(3)

@@ -29,10 +29,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from castore.available_memory import available_bytes
 from castore.checkpoint.request import SaveRequest
 from castore.checkpoint.stage import StagedState
 from castore.errors import SlowSaveWarning
-from castore.host_memory import available_bytes
 from castore.options import ASYNC_IN_FLIGHT_MAX, ASYNC_NICENESS, STAGED_BUDGET_SHARE
 from castore.snapshots import Snapshot
 

@@ -86,19 +86,24 @@ def fetch_all(
                 return
             try:
                 _fetch(store, job, verify=verify, touched=touched)
-            except CastoreError as error:
+                progress(job.chunk_bytes)
+            except BaseException as error:
                 failed.set()
-                error.args = (f"leaf {job.path!r}: {error}", *error.args[1:])
+                if isinstance(error, CastoreError):
+                    error.args = (f"leaf {job.path!r}: {error}", *error.args[1:])
                 raise
-            progress(job.chunk_bytes)
 
     if len(batches) <= 1 or worker_count() == 1:
         for batch in batches:
             run(batch)
         return
     with ThreadPoolExecutor(worker_count(), thread_name_prefix="castore-read") as pool:
-        futures = [pool.submit(run, batch) for batch in batches]
-        wait(futures)  # sleeping once: a wake-up for each takes the interpreter from those that decode
+        try:
+            futures = [pool.submit(run, batch) for batch in batches]
+            wait(futures)  # sleeping once: a wake-up for each takes the interpreter from those that decode
+        except BaseException:  # Ctrl-C
+            failed.set()
+            raise
         for future in futures:
             future.result()
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from castore.available_memory import available_bytes
 from castore.backend.base import MappableReader, ReadAheadReader
 from castore.checkpoint.read_ahead import spans
 from castore.chunk_writer import worker_count
@@ -24,7 +25,6 @@ from castore.errors import CastoreError
 from castore.format.layout import pack_name
 from castore.format.manifest import Entry, chunk_bytes
 from castore.format.pack import Row
-from castore.host_memory import available_bytes
 from castore.ids import ChunkId, PackId
 from castore.index import Location
 from castore.options import GRID_BYTES

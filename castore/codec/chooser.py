@@ -68,8 +68,8 @@ def encode_chunk(
     thorough: bool = False,
 ) -> Encoded:
     """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
-    Thread-safe. `may_order` allows for codec 18; `thorough` tries everything and searches long for the shortest, at 3
-    to 7 MB/s a core.
+    Thread-safe. `may_order` allows for codec 18; `thorough` tries a chunk by itself too and searches long for the
+    shortest, at 3 to 7 MB/s a core.
 
     Raises CodecError when it does not: the state was changed while it was being saved, or memory or a library is at
     fault.

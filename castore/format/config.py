@@ -35,7 +35,11 @@ OPERATIONS: tuple[Operation, ...] = ("read", "write", "gc")
 
 ORDERED = "ordered"
 """Feature flag of `write`: records may be of codec 18."""
-KNOWN_FEATURES = frozenset({ORDERED})
+KNOWN_FEATURES: dict[Operation, frozenset[str]] = {
+    "read": frozenset(),
+    "write": frozenset({ORDERED}),
+    "gc": frozenset(),
+}
 """Feature flags that this castore understands."""
 
 
@@ -56,7 +60,7 @@ class Config:
     def check_features(self, *operations: Operation, where: str) -> None:
         """Raise UnsupportedFormatError when one of the operations needs a feature that this castore lacks."""
         for operation in operations:
-            unknown = sorted(self.features[operation] - KNOWN_FEATURES)
+            unknown = sorted(self.features[operation] - KNOWN_FEATURES[operation])
             if unknown:
                 raise UnsupportedFormatError(
                     f"{where}: to {operation} this repository needs {', '.join(unknown)}, which this castore lacks; "

@@ -220,10 +220,10 @@ class Sender:
             location, need = rows[chunk_id], all_needs[chunk_id]
             assert need is not None
             row = location.row
-            copies = row.chain != (ORDERED,) or self.target.config.may_order
-            copies = copies and all(self._will_hold(base, depths, below=row.depth) for base in row.base_ids)
-            depths[chunk_id] = row.depth if copies else 0
-            items.append(_Item(chunk_id, need, location, row.base_ids if copies else (), copies))
+            held = all(self._will_hold(base, depths, below=row.depth) for base in row.base_ids)
+            copies = held and (row.chain != (ORDERED,) or self.target.config.may_order)
+            depths[chunk_id] = row.depth if held else 0
+            items.append(_Item(chunk_id, need, location, row.base_ids if held else (), copies))
         # What the source does not find is asked for all the same: the error of reading it says what is wrong.
         items.extend(
             _Item(chunk_id, needs[chunk_id], None, (), copies=False) for chunk_id in lacking if chunk_id not in rows
@@ -336,7 +336,8 @@ class Sender:
             self._append(arrived, item, depth=0, bases=())
             return
         depth = arrived.depth if item.copies else 1 + self._depth_of(item.bases[0])
-        if item.copies and not all(self._usable(base, below=depth) for base in item.bases):
+        below = depth if item.copies else DELTA_DEPTH_MAX
+        if not all(self._usable(base, below=below) for base in item.bases):
             # A base was found at the target under its new id, deeper than this record: by itself, then.
             self._append_raw(arrived.chunk_id, arrived.raw, item.need.kind, item.need.elements)
             return

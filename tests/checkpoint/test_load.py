@@ -14,6 +14,7 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
+from castore.chunk_writer import worker_count
 from castore.errors import (
     ChecksumError,
     ChunkMissingError,
@@ -30,7 +31,7 @@ from castore.errors import (
     UsageError,
 )
 from castore.format.layout import pack_name
-from castore.options import MIB, RepositoryOptions
+from castore.options import GRID_BYTES, MIB, RepositoryOptions
 from tests.checkpoint.damage import damage_leaf, flip_bit, forge_leaf, places_of, rows_of
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, create_on, delete_packs, open_on, packs_of
 from tests.checkpoint.states import assert_same, training_state
@@ -650,3 +651,20 @@ def test_a_file_of_another_kind_in_place_of_a_pack_is_damage(repo: Repository) -
         backend.put_if_absent(pack_name(pack_id), data)
         with pytest.raises((DamageError, NotFoundError, FormatError)):
             open_on(backend).load("main")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_error_that_is_none_of_ours_stops_the_loading_too(tmp_path: Path, error: type[BaseException]) -> None:
+    """All that was queued was fetched first."""
+    with castore.init(tmp_path / "store") as repo:
+        repo.save({"w": np.random.default_rng(0).integers(0, 256, 100 * GRID_BYTES, np.uint8)})
+        fetched = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal fetched
+            fetched += 1
+            raise error
+
+        with pytest.raises(error):
+            repo.load(progress=progress)
+    assert fetched <= worker_count()
