@@ -166,7 +166,8 @@ class SaveWorker:
                 case Progress(done_bytes, total_bytes):
                     progress(done_bytes, total_bytes)
                 case Warned(warning):
-                    refused = refused or _raised_by(warning)
+                    error = _raised_by(warning)
+                    refused = error if refused is None else refused
                 case (Saved() | Failed()) as outcome:
                     return outcome, refused
                 case other:
