@@ -1013,12 +1013,16 @@ def test_the_interpreter_waits_for_durability(tmp_path: Path, ending: str, worke
 
 
 FAILS = """
+import threading
+called = threading.Event()
 def refuse(name):
+    called.wait()  # else a later call would raise what nobody has asked for
     raise StorageError("the disk is gone")
 good = castore.open({good!r}, create=True)
 repo.handle.backend.create_stream = refuse
 for number, store in enumerate({order}):
     store.save_async(state(number), step=number)
+called.set()
 """
 
 
