@@ -27,6 +27,7 @@ from castore.errors import (
     RepositoryExistsError,
     RepositoryNotFoundError,
     UsageError,
+    note_moved,
 )
 from castore.format.layout import POLICY
 from castore.ids import SnapshotId
@@ -99,14 +100,18 @@ class Repository:
     def close(self) -> None:
         """Wait for background saves, then close files and the index. Using the object again opens them again.
 
-        Raises the first error of a background save that nobody has asked for, after everything is closed.
+        Raises the first error of a background save that nobody has asked for, after everything is closed. When Ctrl-C
+        strikes while it waits, saves go on, as they do without `close`: the interpreter waits for them.
         """
         try:
             self._settle()
         finally:
-            if self._worker is not None and self._saver is not None and self._saver.is_of_this_process:
-                self._worker.close()
-            self._handle.close()
+            if self._saver is None or not self._saver.is_of_this_process:
+                self._handle.close()
+            elif self._saver.is_idle:
+                if self._worker is not None:
+                    self._worker.close()
+                self._handle.close()
 
     def __enter__(self) -> Self:
         return self
@@ -198,10 +203,9 @@ class Repository:
         pending = saver.reserve(staged_bytes(flat), request.step)
         try:
             if self._worker is not None:
-                host, pinned = self._worker.pools()
+                staged = self._worker.stage(flat)
             else:
-                host, pinned = self._handle.pool, self._handle.pinned_pool(pinned_slab)
-            staged = stage(flat, host, pinned)
+                staged = stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab))
             saver.submit(pending, staged, request)
         except BaseException:
             saver.cancel(pending)
@@ -820,7 +824,7 @@ class Repository:
                 f"the save is durable, but the stored policy could not be applied: {error}", PolicyWarning, stacklevel=3
             )
         except BaseException as error:
-            error.add_note(f"branch {snapshot.branch!r} has moved to the new snapshot {snapshot.id[:12]}")
+            note_moved(error, snapshot.branch, snapshot.id)
             raise
 
     def _settle(self) -> None:
@@ -898,21 +902,23 @@ def open_(
     `base_memory_bytes` bounds the host memory in which saves keep the chunks that the next ones take differences from;
     what is not there is read from the repository, which costs a save about a third as much processor time again. By
     default all repositories of the process have a quarter of the available memory together, or of this rank's share of
-    it (LOCAL_WORLD_SIZE); with 0 a save takes no memory worth speaking of.
+    it (LOCAL_WORLD_SIZE); with 0 a save takes no memory worth speaking of. The bound is for each process: with a worker
+    process, both it and a `save` of this one keep as much.
 
     `worker_process=True` has `save_async` write in a process of its own, at the lowest priority, in place of a thread:
     for a training that keeps every core busy, whose steps threads would slow down while they encode. Everything else is
-    the same. The process starts with the first `save_async`, takes 50 MB of memory beside the copies (which lie
-    in memory that both share) and the bases, and ends with `close`, with the interpreter, or when the training is
-    killed. A save takes longer to be durable, the longer the less the training leaves of the cores.
+    the same, but that a warning which is made an error (LowSpaceWarning) is raised when the save is over. The process
+    starts with the first `save_async`, takes about 50 MB of memory beside the copies (which lie in memory that both
+    share) and the bases, and ends with `close`, with the interpreter, or when the training is killed. A save takes
+    longer to be durable, the longer the less the training leaves of the cores.
 
     Raises RepositoryNotFoundError, RepositoryAccessError, UnsupportedFormatError or DamageError; UsageError where no
-    memory can be shared with another process.
+    memory can be shared with another process, or where a frozen program has no interpreter to start.
     """
     if worker_process:
         from castore.checkpoint.shared_region import check_sharing
 
-        check_sharing()
+        check_sharing()  # before a repository is made
     try:
         repository = Repository(path, open_repository(Path(path)))
     except RepositoryNotFoundError:
@@ -927,8 +933,11 @@ def open_(
 
 
 def _check_worker(handle: Handle) -> None:
-    """Raise UsageError when no other process can open what this handle has opened."""
-    if not isinstance(handle.backend, LocalBackend):
+    """Raise UsageError when no other process can open what this handle has opened, or none can share memory."""
+    from castore.checkpoint.shared_region import check_sharing
+
+    check_sharing()
+    if type(handle.backend) is not LocalBackend:  # one that adds something would be passed over
         raise UsageError(
             f"worker_process: {handle.backend.location} lies in a {type(handle.backend).__name__}, which another "
             "process cannot open; open without it: a thread saves"

@@ -286,9 +286,11 @@ class LeaseError(CastoreError):
 
 
 class WorkerError(CastoreError):
-    """The process that writes asynchronous saves was ended from outside, or cannot be started.
+    """The process that writes asynchronous saves was ended from outside, cannot be started or cannot share memory, or
+    raised what only it knows.
 
-    `exit_status` is that of the process: negative for a signal, None when it never ran.
+    A save that it was writing is lost, unless a note says that the branch has moved. `exit_status` is that of the
+    process: negative for a signal, None when it has not ended.
     """
 
     def __init__(self, message: str, *, exit_status: int | None = None) -> None:
@@ -332,6 +334,11 @@ class SlowSaveWarning(CastoreWarning):
 
 class PolicyWarning(CastoreWarning):
     """The stored policy could not be applied after a save; the save itself is durable."""
+
+
+def note_moved(error: BaseException, branch: str, snapshot_id: str) -> None:
+    """Say in a note of an error that the save which raised it is committed all the same."""
+    error.add_note(f"branch {branch!r} has moved to the new snapshot {snapshot_id[:12]}")
 
 
 def some(items: Iterable[object], *, count: int = 3) -> str:

@@ -157,6 +157,12 @@ class BackgroundSaver:
         """False in a forked child: its parent's thread is not there."""
         return self._pid == os.getpid()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being staged, queued or written."""
+        with self._changed:
+            return not self._in_flight
+
     def wait(self) -> None:
         """Until nothing is queued or being written. Returns at once in a forked child, which has no saver."""
         if not self.is_of_this_process:

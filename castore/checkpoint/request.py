@@ -32,7 +32,10 @@ class SaveRequest:
 
 
 def check_request(request: SaveRequest) -> SaveRequest:
-    """The request with plain values; raises UsageError or InvalidNameError before anything is read or written."""
+    """The request with values of built-in types only.
+
+    Raises UsageError or InvalidNameError before anything is read or written.
+    """
     check_ref_name(request.branch)
     if isinstance(request.tags, str):
         raise UsageError(
@@ -49,13 +52,13 @@ def check_request(request: SaveRequest) -> SaveRequest:
         if not isinstance(given, Mapping):
             raise UsageError(f"{name}: expected a mapping, found {type(given).__name__}")
     return SaveRequest(
-        request.branch,
+        _plain(request.branch),
         None if request.step is None else _step(request.step),
         {_text(key, "a key of metrics"): _number(value, key) for key, value in request.metrics.items()},
         _json_value(request.metadata, "metadata"),
         _text(request.message, "message"),
-        tags,
-        request.parent,
+        tuple(map(_plain, tags)),
+        _plain(request.parent) if isinstance(request.parent, str) else request.parent,
         request.allow_pickle,
     )
 
@@ -67,7 +70,12 @@ def _text(value: object, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise UsageError(f"{where}: {value!r:.80} is no valid Unicode: {error}") from error
-    return value
+    return _plain(value)
+
+
+def _plain(text: str) -> str:
+    """Without the class of an enumeration or of another subclass, which a worker process may not know."""
+    return str.__str__(text)
 
 
 def _step(value: Any) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 from castore.checkpoint.plan import HashedState, Write, hash_state, new_bytes, plan_manifest, plan_writes
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
-from castore.errors import CastoreError, ConflictError, LowSpaceWarning, StaleSaveWarning
+from castore.errors import CastoreError, ConflictError, LowSpaceWarning, StaleSaveWarning, note_moved
 from castore.format.identity import entry_digest, state_id
 from castore.format.layout import snapshot_name, tag_name
 from castore.format.manifest import Entry, Kind
@@ -51,7 +51,7 @@ def save(handle: Handle, state: Any, request: SaveRequest, *, progress: Progress
 
     Reads the state's memory without copying it: nobody may change it meanwhile. Raises UnsupportedLeafError,
     UsageError, ConflictError, NoSpaceError or StorageError; the branch is then where it was, unless a note of the error
-    says that it has moved (a tag could not be made, a directory not be synced).
+    says that it has moved (a tag could not be made, a directory not be synced, a warning was made an error).
     """
     request = check_request(request)
     return save_flat(handle, flatten(state, allow_pickle=request.allow_pickle), request, progress=progress)
@@ -81,8 +81,12 @@ def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress
         except BaseException:
             session.abort()
             raise
-    if previous is not None:
-        _warn_if_stale(handle.hasher, request, hashed, previous)
+    try:
+        if previous is not None:
+            _warn_if_stale(handle.hasher, request, hashed, previous)
+    except BaseException as error:  # warnings are errors here, or Ctrl-C struck
+        note_moved(error, request.branch, snapshot_id)
+        raise
     return make_snapshot(snapshot_id, record, lambda _: leaf_table(hashed.entries, handle.hasher))
 
 
@@ -151,7 +155,7 @@ def _commit(
         with suppress(CastoreError):
             if read_branch(handle.backend, branch) == snapshot_id:
                 handle.note_head(branch, snapshot_id)
-                error.add_note(f"branch {branch!r} has moved to the new snapshot {snapshot_id[:12]}")
+                note_moved(error, branch, snapshot_id)
         raise
     return snapshot_id
 

@@ -26,31 +26,35 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.spawn import get_executable
 
 from castore.checkpoint.request import SaveRequest
-from castore.checkpoint.shared_region import SharedRegion, create_region
-from castore.checkpoint.stage import StagedPayload, StagedState
+from castore.checkpoint.shared_region import SharedRegion, above_standard, create_region
+from castore.checkpoint.stage import StagedPayload, StagedState, stage
 from castore.checkpoint.worker_messages import (
-    Answer,
+    SOFTWARE,
     Channel,
     Failed,
     HeadNoted,
     Job,
     PlacedPayload,
     Progress,
+    Ready,
     Saved,
     Setup,
     Warned,
 )
-from castore.errors import CastoreError, WorkerError
+from castore.errors import CastoreError, WorkerError, note_moved
 from castore.host_memory import BufferPool
+from castore.ids import SnapshotId
 from castore.options import WORKER_NICENESS
 from castore.refs import read_branch, ref_text
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
+from castore.tensors import FlatState
 
 _START_S = 120.0
 """A worker that has not answered by then is something else: it starts in less than a second."""
@@ -70,13 +74,17 @@ class SaveWorker:
         self._pools: tuple[BufferPool, BufferPool] | None = None
         self._process: _Process | None = None
 
-    def pools(self) -> tuple[BufferPool, BufferPool]:
-        """Slots in shared memory: for copies from host memory, and pinned ones for those from a device."""
+    def stage(self, flat: FlatState) -> StagedState:
+        """Copy a state into shared memory, pinned where it comes from a device. One at a time: `close` waits for it, so
+        that no device writes to memory that is no longer locked.
+
+        Raises WorkerError or MemoryError.
+        """
         with self._staging:
             if self._pools is None:
                 self._region = create_region()
                 self._pools = BufferPool(self._region.make_slab), BufferPool(self._region.make_pinned_slab)
-            return self._pools
+            return stage(flat, *self._pools)
 
     def save(self, staged: StagedState, request: SaveRequest, progress: Callable[[int, int], None]) -> Snapshot:
         """Carry out one save; blocks until it is durable. Its leaves cannot be read.
@@ -86,24 +94,22 @@ class SaveWorker:
         with self._saving:
             job = self._job(staged, request)
             process = self._running()
+            before = self._head(request.branch)
             try:
-                outcome = self._converse(process.channel, job, progress)
+                outcome, refused = self._converse(process.channel, job, progress)
             except (EOFError, OSError) as error:
                 self._process = None
-                raise self._lost(process.end(), job) from error
+                raise self._lost(process.end(), job, before) from error
             except BaseException:
                 self._process = None
                 process.kill()  # it must not read what is about to be overwritten
                 raise
         if isinstance(outcome, Failed):
             raise outcome.error from _WorkerTraceback(outcome.traceback)
+        if refused is not None:
+            note_moved(refused, outcome.snapshot.branch, outcome.snapshot.id)
+            raise refused
         return outcome.snapshot
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process; None when none runs."""
-        process = self._process
-        return process.pid if process is not None and process.is_alive else None
 
     def close(self) -> None:
         """End the worker, and let go of the memory. The next save makes them again."""
@@ -147,7 +153,11 @@ class SaveWorker:
             self._process = _start(self._region.descriptor, Setup(self._handle.backend.location, self._handle.config))
         return self._process
 
-    def _converse(self, channel: Channel, job: Job, progress: Callable[[int, int], None]) -> Saved | Failed:
+    def _converse(
+        self, channel: Channel, job: Job, progress: Callable[[int, int], None]
+    ) -> tuple[Saved | Failed, BaseException | None]:
+        """The outcome, and the first warning that is an error here: the worker did not wait for what we make of it."""
+        refused: BaseException | None = None
         channel.send(job)
         while True:
             match channel.receive():
@@ -156,27 +166,42 @@ class SaveWorker:
                 case Progress(done_bytes, total_bytes):
                     progress(done_bytes, total_bytes)
                 case Warned(warning):
-                    channel.send(Answer(_raised_by(warning)))
+                    error = _raised_by(warning)
+                    refused = error if refused is None else refused
                 case (Saved() | Failed()) as outcome:
-                    return outcome
+                    return outcome, refused
                 case other:
                     raise AssertionError(other)
 
-    def _lost(self, exit_status: int, job: Job) -> WorkerError:
-        """What to say of a worker that died. It may have moved the branch just before."""
-        request, how = job.request, _ended_by(exit_status)
-        error = WorkerError(
-            f"branch {request.branch!r}: the worker process {how} while it wrote the save of step {request.step}, "
-            "which is lost; save again: the next save_async starts another worker. If it was killed for want of "
-            "memory, bound base_memory_bytes and Repository.limit_async(staged_bytes=…)",
-            exit_status=exit_status,
-        )
+    def _head(self, branch: str) -> SnapshotId | None:
+        """Where a branch is now; None also when that cannot be read, which the save will find itself."""
+        with suppress(CastoreError):
+            return read_branch(self._handle.backend, branch)
+        return None
+
+    def _lost(self, exit_status: int, job: Job, before: SnapshotId | None) -> WorkerError:
+        """What to say of a worker that died. It may have moved the branch just before, from where it was `before`."""
+        request, moved = job.request, None
         with suppress(CastoreError):
             head = read_branch(self._handle.backend, request.branch)
-            # The moment of the call, in nanoseconds, tells this save from those of everybody else.
-            if head is not None and read_record(self._handle.backend, head).time_ns == job.now_ns:
-                self._handle.note_head(request.branch, head)
-                error.add_note(f"branch {request.branch!r} has moved to the new snapshot {head[:12]}")
+            # The moment of the call, in nanoseconds, tells this save from those of others; a clock may be coarse.
+            if head not in {None, before} and read_record(self._handle.backend, head).time_ns == job.now_ns:
+                moved = head
+        how = f"branch {request.branch!r}: the worker process {_ended_by(exit_status)}"
+        want = "If it was killed for want of memory, bound base_memory_bytes and Repository.limit_async(staged_bytes=…)"
+        if moved is None:
+            return WorkerError(
+                f"{how} while it wrote the save of step {request.step}, which is lost; save again: the next save_async "
+                f"starts another worker. {want}",
+                exit_status=exit_status,
+            )
+        error = WorkerError(
+            f"{how} when the save of step {request.step} had been committed; the next save_async starts another "
+            f"worker. {want}",
+            exit_status=exit_status,
+        )
+        self._handle.note_head(request.branch, moved)
+        note_moved(error, request.branch, moved)
         return error
 
 
@@ -196,10 +221,6 @@ class _Process:
         self._finalizer = weakref.finalize(self, _end, process, end, os.getpid())
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
@@ -216,41 +237,77 @@ class _Process:
 
 def _start(memory: int, setup: Setup) -> _Process:
     """Raises WorkerError."""
-    if not sys.executable:
-        raise WorkerError("sys.executable: the Python interpreter is not known; open without worker_process")
-    ours, its = socket.socketpair()
-    arguments = [str(its.fileno()), str(memory), str(os.getpid()), str(WORKER_NICENESS)]
+    executable = os.fsdecode(get_executable() or b"")  # sys.executable, or what multiprocessing was told
+    if not executable:
+        raise WorkerError(
+            "the Python interpreter is not known; name it (multiprocessing.set_executable), or open without "
+            "worker_process"
+        )
     try:
+        ours, its = _socket_pair()
         with its:
-            process = subprocess.Popen(
-                # -P: what lies in the working directory is not imported, unless our own path says so
-                [sys.executable, "-P", "-W", "ignore", "-c", _PROGRAM, *arguments],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(its.fileno(), memory),
-                # Ctrl-C in a terminal is for the training. Not a session of its own: where the kernel groups processes
-                # by session (sched_autogroup), niceness would count for nothing between the two.
-                process_group=0,
-            )
+            try:
+                process = _spawn(executable, its.fileno(), memory)
+            except BaseException:
+                ours.close()
+                raise
     except OSError as error:
-        ours.close()
         raise WorkerError(f"the worker process cannot be started: {error}; open without worker_process") from error
     worker = _Process(process, ours)
     try:
         ours.settimeout(_START_S)
         worker.channel.send(setup)
-        worker.channel.receive()
+        ready: Ready = worker.channel.receive()
         ours.settimeout(None)
     except (EOFError, OSError) as error:
         if isinstance(error, TimeoutError):
             process.kill()
         raise WorkerError(
-            f"the worker process {_ended_by(worker.end())} while it started ({sys.executable}); what it says stands in "
+            f"the worker process {_ended_by(worker.end())} while it started ({executable}); what it says stands in "
             "the error output; open without worker_process if it cannot run here",
             exit_status=process.returncode,
         ) from error
+    if ready.software != SOFTWARE:
+        worker.end()
+        raise WorkerError(
+            f"{SOFTWARE} runs here, and the worker process runs {ready.software}, which was installed meanwhile; "
+            "start the training again, or open without worker_process"
+        )
     return worker
+
+
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
+    one, other = socket.socketpair()
+    return socket.socket(fileno=above_standard(one.detach())), socket.socket(fileno=above_standard(other.detach()))
+
+
+def _spawn(executable: str, end: int, memory: int) -> subprocess.Popen[bytes]:
+    """Start the program with the descriptors of its end of the sockets and of the shared memory."""
+    # Those of this interpreter, but -E and -I (which is -E, -P and -s) would hide our path. -P: what lies in the
+    # working directory is not imported, unless our path says so.
+    given = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    flags = ["-s" if flag == "-I" else flag for flag in given if flag != "-E"]
+    hidden = "PYTHON" if sys.flags.ignore_environment else "PYTHONPATH"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    entries: Sequence[object] = sys.path
+    path = os.pathsep.join(entry for entry in entries if isinstance(entry, str))  # Python passes over a Path too
+    arguments = [str(end), str(memory), str(os.getpid()), str(WORKER_NICENESS)]
+    # A signal that is meant for the whole job must not end it, not even before it can say so: what is blocked here is
+    # blocked there from the first moment on. What must end or stop it cannot be blocked, nor can a fault of its own.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return subprocess.Popen(
+            [executable, *flags, "-P", "-W", "ignore", "-c", _PROGRAM, *arguments],
+            env={**environment, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(end, memory),
+            # Ctrl-C in a terminal is for the training. Not a session of its own: where the kernel groups processes by
+            # session (sched_autogroup), niceness would count for nothing between the two.
+            process_group=0,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 def _end(process: subprocess.Popen[bytes], end: socket.socket, owner_pid: int) -> None:
@@ -268,11 +325,11 @@ def _end(process: subprocess.Popen[bytes], end: socket.socket, owner_pid: int) -
         process.wait()
 
 
-def _raised_by(warning: Warning) -> Exception | None:
+def _raised_by(warning: Warning) -> BaseException | None:
     """Give a warning here; what the filters make of it."""
     try:
         warnings.warn(warning, stacklevel=1)
-    except Exception as error:  # noqa: BLE001  warnings are errors here, or somebody's hook failed
+    except BaseException as error:  # noqa: BLE001  warnings are errors here, or somebody's hook failed
         return error
     return None
 

@@ -4,9 +4,11 @@
 
 Invariants:
 
-1. It lives no longer than its parent: a save of a process that was killed must not be committed beside the next one.
-2. It ends when its parent closes the socket, and by no signal that is meant for the whole job: whether the training
-   stops is the parent's to decide, and the parent waits for its saves.
+1. It ends as soon as its parent has, mostly within milliseconds, and looks for it once more just before the branch
+   moves. In that moment a save of a process that was killed may still be committed; the next one finds it, or its own
+   save is refused with ConflictError.
+2. It ends when its parent closes the socket, and by no signal that is meant for the whole job, which its parent has
+   blocked: whether the training stops is the parent's to decide, and the parent waits for its saves.
 3. It imports no torch, reads the shared memory and never writes to it.
 4. It keeps nothing between saves but what a handle keeps: the index, decoded manifests and the bases of the next save.
 """
@@ -14,14 +16,11 @@ Invariants:
 from __future__ import annotations
 
 import os
-import pickle
 import select
-import signal
 import socket
 import sys
 import threading
 import time
-import traceback
 import warnings
 from contextlib import suppress
 from dataclasses import replace
@@ -34,7 +33,7 @@ from castore.checkpoint.save import save_flat
 from castore.checkpoint.shared_region import SharedRegion, attach_region
 from castore.checkpoint.stage import StagedPayload
 from castore.checkpoint.worker_messages import (
-    Answer,
+    SOFTWARE,
     Channel,
     Failed,
     HeadNoted,
@@ -45,8 +44,9 @@ from castore.checkpoint.worker_messages import (
     Saved,
     Setup,
     Warned,
+    failed,
 )
-from castore.errors import WorkerError
+from castore.errors import CastoreWarning, WorkerError
 from castore.ids import SnapshotId
 from castore.repository import Handle, Head
 from castore.snapshots import Leaf
@@ -54,8 +54,6 @@ from castore.tensors import FlatState
 
 _PROGRESS_EVERY_S = 0.1
 """Each message wakes a thread of the training process."""
-_TO_WHOLE_JOBS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGTSTP", "SIGTTOU", "SIGUSR1", "SIGUSR2")
-"""Sent by terminals and schedulers to every process of a job, the saver included."""
 
 
 class Worker:
@@ -65,32 +63,35 @@ class Worker:
         self._channel = channel
         self._region = region
         self._parent_pid = parent_pid
-        self._saying = threading.Lock()
         self._said_s = 0.0
 
     def run(self) -> None:
         """Carry out jobs until the parent closes the socket."""
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", CastoreWarning)  # all others are ignored from the start
         warnings.showwarning = self._warn
         setup: Setup = self._channel.receive()
-        handle = _WorkerHandle(setup, self._say)
-        self._say(Ready())
+        handle = _WorkerHandle(setup, self._channel.send)
+        self._channel.send(Ready(SOFTWARE))
         while True:
             try:
                 job: Job = self._channel.receive()
             except (EOFError, OSError):
                 break
-            self._say(self._outcome(handle, job))
+            except WorkerError as error:
+                outcome: Saved | Failed = failed(error)
+            else:
+                outcome = self._outcome(handle, job)
+            self._channel.send(outcome)
         handle.close()
 
     def _outcome(self, handle: _WorkerHandle, job: Job) -> Saved | Failed:
-        handle.begin(job)
-        payloads = tuple(None if payload is None else self._staged(payload) for payload in job.payloads)
         try:
+            handle.begin(job)
+            payloads = tuple(None if payload is None else self._staged(payload) for payload in job.payloads)
             flat = FlatState(job.entries, payloads)
             snapshot = save_flat(handle, flat, job.request, progress=self._progress)
         except BaseException as error:  # noqa: BLE001  whatever it is, the caller must hear of it
-            return Failed(_that_travels(error), traceback.format_exc())
+            return failed(error)
         return Saved(replace(snapshot, _read_leaves=_no_leaves))
 
     def _staged(self, payload: PlacedPayload) -> StagedPayload:
@@ -104,7 +105,7 @@ class Worker:
         now_s = time.monotonic()
         if done_bytes >= total_bytes or now_s - self._said_s >= _PROGRESS_EVERY_S:
             self._said_s = now_s
-            self._say(Progress(done_bytes, total_bytes))
+            self._channel.send(Progress(done_bytes, total_bytes))
 
     def _warn(  # noqa: PLR0917  the signature of warnings.showwarning
         self,
@@ -116,16 +117,8 @@ class Worker:
         line: str | None = None,
     ) -> None:
         del filename, lineno, file, line  # of the worker, where nobody looks
-        warning = message if isinstance(message, Warning) else category(message)
-        with self._saying:
-            self._channel.send(Warned(warning))
-            answer: Answer = self._channel.receive()
-        if answer.error is not None:
-            raise answer.error
-
-    def _say(self, message: object) -> None:
-        with self._saying:
-            self._channel.send(message)
+        if issubclass(category, CastoreWarning):
+            self._channel.send(Warned(message if isinstance(message, Warning) else category(message)))
 
 
 class _WorkerHandle(Handle):
@@ -155,15 +148,6 @@ class _WorkerHandle(Handle):
         self._say(HeadNoted(branch, snapshot_id))
 
 
-def _that_travels(error: BaseException) -> BaseException:
-    """The error, or what can be said of it when it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301  our own
-    except Exception:  # noqa: BLE001  errors of strangers may do anything when they are pickled
-        return WorkerError(f"{type(error).__name__}: {error}")
-    return error
-
-
 def _no_leaves(snapshot_id: SnapshotId) -> tuple[Leaf, ...]:
     """In place of what a snapshot reads its leaves with, which cannot travel; the parent puts its own there."""
     raise AssertionError(snapshot_id)
@@ -191,8 +175,6 @@ def _watch(parent_pid: int) -> None:
 
 def main() -> None:
     """Run until the parent closes the socket or ends."""
-    for name in _TO_WHOLE_JOBS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
     end, memory, parent_pid, niceness = map(int, sys.argv[1:5])
     _stand_back(niceness)
     threading.Thread(target=_watch, args=(parent_pid,), name="castore-watch", daemon=True).start()

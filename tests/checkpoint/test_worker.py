@@ -6,12 +6,14 @@ Every process is real. Where one must die at an exact moment, a sitecustomize mo
 from __future__ import annotations
 
 import gc
+import multiprocessing.spawn
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ import pytest
 import castore
 import tests.tensors.quiet  # noqa: F401
 from castore.api import Repository
-from castore.backend import MemoryBackend
+from castore.backend import LocalBackend, MemoryBackend
 from castore.checkpoint import worker
 from castore.errors import ConflictError, RefExistsError, StorageError, UsageError, WorkerError
 from castore.repository import Handle
+from castore.tensors import flatten
 from tests.checkpoint.killing import until
 from tests.checkpoint.repositories import create_on, held_leases
 from tests.checkpoint.states import assert_same
@@ -53,9 +56,9 @@ def dense(step: int, *, items: int = 300_000) -> State:
 
 def pid_of(repo: Repository) -> int:
     assert repo._worker is not None
-    pid = repo._worker.pid
-    assert pid is not None
-    return pid
+    process = repo._worker._process
+    assert process is not None
+    return process._process.pid
 
 
 def is_alive(pid: int) -> bool:
@@ -69,7 +72,7 @@ def is_alive(pid: int) -> bool:
 def in_worker(monkeypatch: pytest.MonkeyPatch, path: Path, code: str) -> None:
     """Run some code in the workers that are started from now on, before anything else."""
     place = path / "site"
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     (place / "sitecustomize.py").write_text(code)
     monkeypatch.syspath_prepend(str(place))
 
@@ -226,8 +229,7 @@ LocalBackend.create_stream = fail
             until(repo.save_async(dense(0), step=0).done)
         with pytest.raises(expected) as caught:
             repo.wait()
-        if expected is not WorkerError:
-            assert "a note" in caught.value.__notes__
+        assert "a note" in caught.value.__notes__
         repo.wait()
         assert repo.save_async(dense(1), step=1).result(WAIT_S).parents == ()
 
@@ -249,19 +251,161 @@ def test_a_worker_that_cannot_be_started_is_a_typed_error_and_no_hang(
 ) -> None:
     with open_worker(tmp_path) as repo:
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "executable", executable)
+            patch.setattr(multiprocessing.spawn, "_python_exe", os.fsencode(executable))  # as set_executable does
             with pytest.raises(WorkerError, match="without worker_process"):
                 repo.save_async(dense(0)).result(WAIT_S)
         assert repo.save_async(dense(0)).result(WAIT_S).parents == ()
 
 
 def test_what_no_other_process_can_open_is_refused_at_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Audited(LocalBackend):
+        """The worker would use the plain one."""
+
     handle = create_on(MemoryBackend()).handle
     with pytest.raises(UsageError, match=r"MemoryBackend, which another process cannot open"):
         Repository("memory", handle, worker_process=True)
+    local = castore.init(tmp_path / "audited").handle
+    with pytest.raises(UsageError, match=r"Audited, which another process cannot open"):
+        Repository("audited", Handle(Audited(tmp_path / "audited"), local.config), worker_process=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "frozen", True, raising=False)
+        with pytest.raises(UsageError, match=r"frozen program"):
+            open_worker(tmp_path)
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(UsageError, match=r"memfd_create"):
         open_worker(tmp_path)
+    with pytest.raises(UsageError, match=r"memfd_create"):
+        Repository("audited", local, worker_process=True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_error_that_cannot_travel_still_says_that_the_branch_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+from castore.checkpoint import save
+def create_tag(*arguments, **options):
+    class Local(OSError):
+        pass
+    raise Local("no tag today")
+save.create_tag = create_tag
+"""
+    in_worker(monkeypatch, tmp_path, code)
+    with open_worker(tmp_path) as repo:
+        with pytest.raises(WorkerError, match=r"Local: no tag today") as caught:
+            repo.save_async(dense(0), step=0, tags=("t",)).result(WAIT_S)
+        assert caught.value.__notes__ == [MOVED.format(repo.snapshot("main").id[:12])]
+
+
+MOVED = "branch 'main' has moved to the new snapshot {}"
+
+ODD = """
+import warnings
+class Odd(OSError):
+    def __reduce__(self):
+        warnings.warn("Odd is deprecated", {category}, stacklevel=1)
+        return Odd, self.args
+"""
+
+
+@pytest.mark.parametrize("category", ["DeprecationWarning", "castore.CastoreWarning"])
+def test_an_error_whose_pickling_warns_and_loses_its_notes_comes_back_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, category: str
+) -> None:
+    """A warning is told to the training too, so both may wait for one lock."""
+    code = """
+from castore.backend import LocalBackend
+def fail(self, name):
+    import odd
+    error = odd.Odd("odd")
+    error.add_note("a note")
+    raise error
+LocalBackend.create_stream = fail
+"""
+    in_worker(monkeypatch, tmp_path, code)
+    (tmp_path / "site" / "odd.py").write_text("import castore\n" + ODD.format(category=category))
+    with open_worker(tmp_path) as repo, warnings.catch_warnings(record=True):
+        with pytest.raises(OSError, match="odd") as caught:
+            repo.save_async(dense(0)).result(WAIT_S)
+        assert type(caught.value).__name__ == "Odd"
+        assert caught.value.__notes__ == ["a note"]
+
+
+def test_a_warning_that_a_hook_makes_an_error_fails_the_call_and_neither_the_save_nor_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hook(*_: object, **__: object) -> None:
+        class Local(Exception):  # noqa: N818
+            """No pickle has it."""
+
+        raise Local("refused")
+
+    with open_worker(tmp_path) as repo:
+        repo.save_async(dense(0), step=0).result(WAIT_S)
+        pid = pid_of(repo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            monkeypatch.setattr(warnings, "showwarning", hook)
+            with pytest.raises(Exception, match="refused") as caught:
+                repo.save_async(dense(0), step=1).result(WAIT_S)
+        head = repo.snapshot("main")
+        assert (head.step, caught.value.__notes__) == (1, [MOVED.format(head.id[:12])])
+        assert repo.save_async(dense(2), step=2).result(WAIT_S).parents == (head.id,)
+        assert pid_of(repo) == pid
+
+
+def test_a_job_that_the_worker_cannot_read_is_a_typed_error_and_the_worker_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+from castore.checkpoint.worker_messages import PlacedPayload
+inner = PlacedPayload.__setstate__
+def refuse(*_):
+    PlacedPayload.__setstate__ = inner
+    raise EOFError("unknown here")
+PlacedPayload.__setstate__ = refuse
+"""
+    in_worker(monkeypatch, tmp_path, code)
+    with open_worker(tmp_path) as repo:
+        with pytest.raises(WorkerError, match=r"cannot be read: EOFError\('unknown here'\)"):
+            repo.save_async(dense(0)).result(WAIT_S)
+        pid = pid_of(repo)
+        assert repo.save_async(dense(1)).result(WAIT_S).parents == ()
+        assert pid_of(repo) == pid
+
+
+TEXTS = """
+import enum, sys
+import numpy as np
+import castore
+
+class Text(str):
+    def __str__(self):
+        return "another"
+
+class Name(enum.StrEnum):
+    BRANCH = "side"
+    TAG = "best"
+
+with castore.open(sys.argv[1], create=True, worker_process=True) as repo:
+    first = repo.save_async({"w": np.zeros(5)}, branch=Name.BRANCH).result()
+    snapshot = repo.save_async(
+        {"w": np.ones(5)},
+        message=Text("a message"), tags=[Name.TAG], parent=Text("side"), branch=Text("main"),
+        metadata={Text("key"): [Text("value"), Name.TAG]}, metrics={Text("loss"): 1},
+    ).result()
+    assert snapshot.parents == (first.id,)
+"""
+
+
+def test_texts_of_classes_that_only_the_training_knows_are_plain_texts(tmp_path: Path) -> None:
+    with start_script(tmp_path, TEXTS) as training:
+        assert training.wait(WAIT_S) == 0
+    with castore.open(tmp_path / "store") as repo:
+        saved = repo.snapshot("best")
+        assert (saved.branch, saved.message) == ("main", "a message")
+        assert (saved.metadata, saved.metrics) == ({"key": ["value", "best"]}, {"loss": 1})
+        assert repo.snapshot("side").branch == "side"
 
 
 # ---- a worker that dies ------------------------------------------------------------------------------------------
@@ -333,12 +477,28 @@ save.move_branch = move
         repo.save(dense(0), step=0)
         with monkeypatch.context() as patch:
             in_worker(patch, tmp_path, code)
-            with pytest.raises(WorkerError) as caught:
+            with pytest.raises(WorkerError, match="step 1 had been committed") as caught:
                 repo.save_async(dense(1), step=1).result(WAIT_S)
+        assert "lost" not in str(caught.value)
         head = repo.snapshot("main")
         assert head.step == 1
-        assert caught.value.__notes__ == [f"branch 'main' has moved to the new snapshot {head.id[:12]}"]
+        assert caught.value.__notes__ == [MOVED.format(head.id[:12])]
         assert repo.save_async(dense(2), step=2).result(WAIT_S).parents == (head.id,)
+
+
+def test_a_clock_that_stands_still_does_not_make_a_lost_save_look_committed(tmp_path: Path) -> None:
+    castore.init(tmp_path / "store").close()
+    opened = castore.open(tmp_path / "store").handle
+    handle = Handle(opened.backend, opened.config, clock=lambda: 10**18)
+    with Repository(tmp_path / "store", handle, worker_process=True) as repo:
+        first = repo.save_async(dense(0), step=0).result(WAIT_S)
+        os.kill(pid_of(repo), signal.SIGSTOP)
+        pending = repo.save_async(dense(1), step=1)
+        os.kill(pid_of(repo), signal.SIGKILL)
+        with pytest.raises(WorkerError, match="is lost") as caught:
+            pending.result(WAIT_S)
+        assert not getattr(caught.value, "__notes__", ())
+        assert repo.snapshot("main").id == first.id
 
 
 def test_one_that_was_killed_while_it_had_nothing_to_do_is_replaced_unnoticed(tmp_path: Path) -> None:
@@ -360,6 +520,96 @@ def test_signals_for_the_whole_job_are_left_to_the_training(tmp_path: Path) -> N
             os.kill(pid, number)
         assert pending.result(WAIT_S).step == 1
         assert pid_of(repo) == pid
+
+
+def test_signals_for_the_whole_job_do_not_end_it_while_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import os, signal
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU):
+    os.kill(os.getpid(), number)
+"""
+    in_worker(monkeypatch, tmp_path, code)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    with open_worker(tmp_path) as repo:
+        assert repo.save_async(dense(0), step=0).result(WAIT_S).step == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+
+
+# ---- how it is started -------------------------------------------------------------------------------------------
+
+SAVES = """
+import sys
+from pathlib import Path
+{before}
+import castore
+import numpy as np
+
+with castore.open(sys.argv[1], create=True, worker_process=True) as repo:
+    repo.save_async({{"w": np.zeros(5)}}, step=1).result()
+    flags = Path(f"/proc/{{repo._worker._process._process.pid}}/cmdline").read_bytes().split(b"\\0")
+    {then}
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_daemon_that_has_closed_its_standard_descriptors_can_save(tmp_path: Path, closed: str) -> None:
+    """Theirs would be the numbers of the socket and of the memory, and its own input be put over them."""
+    script = tmp_path / "train.py"
+    script.write_text(SAVES.format(before="", then=""))
+    command = f'exec "{sys.executable}" "{script}" "{tmp_path / "store"}" {closed}'
+    source = str(Path(castore.__file__).parent.parent)
+    subprocess.run(["sh", "-c", command], check=True, timeout=WAIT_S, env={**os.environ, "PYTHONPATH": source})
+    assert castore.open(tmp_path / "store").snapshot("main").step == 1
+
+
+def test_the_flags_of_the_interpreter_are_passed_on_but_for_those_that_would_hide_castore(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    source = str(Path(castore.__file__).parent.parent)
+    script.write_text(
+        SAVES.format(
+            before=f"sys.path[:0] = [Path('/no/text'), {source!r}]",  # a Path, which Python passes over
+            then="print(*(flag in flags for flag in (b'-O', b'-B', b'-s', b'-I')))",  # -O: no assert
+        )
+    )
+    command = [sys.executable, "-I", "-O", "-B", str(script), str(tmp_path / "store")]
+    done = subprocess.run(command, check=True, timeout=WAIT_S, stdout=subprocess.PIPE, text=True)
+    assert done.stdout == "True True True False\n"
+
+
+def test_a_castore_that_was_installed_meanwhile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import importlib.metadata
+importlib.metadata.version = lambda name: "99.0"
+"""
+    with open_worker(tmp_path) as repo:
+        with monkeypatch.context() as patch:
+            in_worker(patch, tmp_path, code)
+            with pytest.raises(WorkerError, match=r"runs castore 99.0, which was installed meanwhile; start the train"):
+                repo.save_async(dense(0)).result(WAIT_S)
+        assert repo.save_async(dense(0)).result(WAIT_S).parents == ()
+
+
+def test_a_want_of_descriptors_is_a_typed_error(tmp_path: Path) -> None:
+    then = """
+    import os, resource
+    repo._worker._process._process.kill()
+    repo._worker._process._process.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    pending = repo.save_async({"w": np.ones(5)}, step=2)
+    try:
+        pending.result()
+    except castore.WorkerError as error:
+        found = str(error)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "cannot be started" in found and "Too many open files" in found, found
+    repo.save_async({"w": np.ones(5)}, step=3).result()
+"""
+    with start_script(tmp_path, SAVES.format(before="", then="").rstrip() + "\n" + then) as training:
+        assert training.wait(WAIT_S) == 0
+    assert castore.open(tmp_path / "store").snapshot("main").step == 3
 
 
 # ---- the life of the worker --------------------------------------------------------------------------------------
@@ -455,7 +705,7 @@ noise = np.random.default_rng(0).integers(0, 255, 150_000_000, np.uint8)
 pending = repo.save_async({"w": noise}, step=1)
 while not pending.progress().done_bytes:
     time.sleep(0.001)
-print(repo._worker.pid, flush=True)
+print(repo._worker._process._process.pid, flush=True)
 time.sleep(60)
 """
 
@@ -514,6 +764,66 @@ def test_ctrl_c_ends_the_training_and_no_save(tmp_path: Path) -> None:
     with castore.open(tmp_path / "store") as repo:
         assert [snapshot.step for snapshot in repo.log()] == [1, 0]
         assert repo.verify(data=True).ok
+
+
+INTERRUPTED_CLOSE = """
+import os, signal, sys, threading
+import numpy as np
+import castore
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+repo = castore.open(sys.argv[1], create=True, worker_process=True)
+repo.save_async({"w": np.zeros(5)}, step=0).result()
+pid = repo._worker._process._process.pid
+os.kill(pid, signal.SIGSTOP)
+pending = [repo.save_async({"w": np.full(5, step)}, step=step) for step in (1, 2)]
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    with repo:
+        pass
+except KeyboardInterrupt:
+    assert not pending[0].done()
+    os.kill(pid, signal.SIGCONT)
+    print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_while_close_waits_loses_no_save(tmp_path: Path) -> None:
+    with start_script(tmp_path, INTERRUPTED_CLOSE) as training:
+        assert training.stdout is not None
+        assert training.stdout.readline() == "interrupted\n"
+        assert training.wait(WAIT_S) == 0
+    with castore.open(tmp_path / "store") as repo:
+        assert [snapshot.step for snapshot in repo.log()] == [2, 1, 0]
+
+
+def test_close_waits_for_what_is_being_staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device must not write to memory that is no longer locked."""
+    handle = castore.init(tmp_path / "store").handle
+    begun, go_on = threading.Event(), threading.Event()
+    inner = worker.stage
+
+    def slow(*arguments: Any) -> Any:
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return inner(*arguments)
+
+    monkeypatch.setattr(worker, "stage", slow)
+    save_worker = worker.SaveWorker(handle)
+    stager = threading.Thread(target=save_worker.stage, args=(flatten(dense(0)),))
+    closer = threading.Thread(target=save_worker.close)
+    stager.start()
+    assert begun.wait(WAIT_S)
+    region = save_worker._region
+    assert region is not None
+    closer.start()
+    closer.join(0.2)
+    assert closer.is_alive()
+    assert os.fstat(region.descriptor).st_size > 0, "it is still there"
+    go_on.set()
+    closer.join(WAIT_S)
+    stager.join()
+    assert save_worker._region is None
 
 
 def test_a_save_beside_close_of_another_thread_is_refused_or_right(tmp_path: Path) -> None:
