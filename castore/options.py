@@ -62,8 +62,7 @@ DELTA_DEPTH_MAX = 2
 after an anchor becomes the reference of all later ones, which are nearer to it than to the anchor."""
 REFERENCE_MOVES_EVERY = 4
 """Saves after which a reference is replaced, on average. Over 100 real saves (bench/RESULTS.md, "Depth of
-differences"):
-37.9 % of raw without, 34.7 % with 8, 34.2 % with 4."""
+differences"): 37.4 % of raw without, 34.1 % with 8, 33.6 % with 4."""
 BASE_BUDGET_SHARE = 0.25
 """Of the available memory, what copies of delta bases may occupy. A state that is a modest part of the memory fits; for
 a larger one the rest of the bases is read from the repository."""
