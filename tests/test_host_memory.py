@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -152,6 +153,13 @@ def test_copies_of_many_threads_stay_within_the_budget() -> None:
     assert memory.held_bytes == 2 * GRID_BYTES
 
 
+@pytest.fixture
+def no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repositories that other tests left open hold memory of this process too."""
+    monkeypatch.setattr("castore.host_memory._all", WeakSet())
+
+
+@pytest.mark.usefixtures("no_others")
 def test_by_default_the_budget_is_a_share_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("castore.host_memory.available_bytes", lambda: 16 * GRID_BYTES)
     memory, _ = memory_of()
@@ -223,6 +231,7 @@ def test_saves_of_many_threads_share_the_memory_and_never_see_foreign_bytes() ->
     assert memory.held_bytes == 0
 
 
+@pytest.mark.usefixtures("no_others")
 def test_repositories_of_one_process_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight of them, opened together, would have taken twice the memory that there is."""
     monkeypatch.setattr("castore.host_memory.available_bytes", lambda: 16 * GRID_BYTES)
