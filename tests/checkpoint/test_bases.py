@@ -24,7 +24,7 @@ from castore.index.base import Location
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES
 from castore.store import preference
 from castore.tensors import flatten
-from tests.checkpoint.repositories import create_on
+from tests.checkpoint.repositories import create_on, open_on
 
 HASHER = hasher_for("xxh3-128")
 NONE: frozenset[PackId] = frozenset()
@@ -331,3 +331,17 @@ def test_closing_gives_the_memory_back() -> None:
     repo.close()
     assert repo.handle.pool is not pool
     assert not repo.handle.pool._free
+
+
+def test_a_bit_that_flips_in_a_kept_base_spoils_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The difference from it proved itself right, with the same wrong base."""
+    monkeypatch.setattr(bases, "REFERENCE_MOVES_EVERY", 2**32)
+    repo = create_on(MemoryBackend())
+    for step in range(2):
+        repo.save(drifted(step))
+    copies = list(repo.handle.bases._copies.values())
+    assert copies
+    for copy in copies:
+        copy.view[1000] ^= 1
+    repo.save(drifted(2))
+    assert open_on(repo.handle.backend).load("main")["w"].tobytes() == drifted(2)["w"].tobytes()

@@ -176,3 +176,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"."):
             call()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_base_of_another_length_is_refused(ordered: bool) -> None:
+    raw, base = trained(5000)
+    payload = encode_delta(raw, base, FLOAT, Choice(Mode.DIFFERENCE, 1.0, 0.0, ordered=ordered))
+    assert payload is not None
+    for other in (base[:-4], base + bytes(4)):
+        with pytest.raises(CodecError, match="expected a base of 20000 bytes"):
+            decode_delta(memoryview(payload), memoryview(bytearray(len(raw))), other, ordered=ordered)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,9 @@ from castore.format.manifest import Entry, Kind, encode_part
 from castore.format.pack import RecordKind, Row
 from castore.ids import PackId
 from castore.index.base import Location
+from castore.maintenance import verify as verify_module
 from castore.maintenance.tables import open_rows
-from castore.maintenance.verify import VerifyReport, verify
+from castore.maintenance.verify import VerifyReport, settled, verify
 from castore.options import GRID_BYTES, Compression, RepositoryOptions
 from castore.pack.writer import PackWriter
 from castore.repository import Handle
@@ -499,3 +502,24 @@ class ReaderBackend:
 
     def open_reader(self, name: str) -> RangeReader:
         return self._wrap(self._inner.open_reader(name), name)
+
+
+@pytest.mark.parametrize(("moving", "looks"), [(12, 14), (3, 8), (10**6, 64)])
+def test_what_two_looks_in_a_row_do_not_find_is_no_damage(
+    monkeypatch: pytest.MonkeyPatch, moving: int, looks: int
+) -> None:
+    """Beside a collector that never rests: false alarms differ from look to look, damage stays."""
+    made = 0
+
+    def look() -> Any:
+        nonlocal made
+        made += 1
+        where = f"look {made}" if made <= moving else "damage"
+        return SimpleNamespace(
+            findings=SimpleNamespace(problems=[SimpleNamespace(kind="part", where=where)]), pack_ids=()
+        )
+
+    listings = iter(range(10**6))
+    monkeypatch.setattr(verify_module, "list_packs", lambda _: frozenset([str(next(listings))]))
+    settled(create_on(MemoryBackend()).handle, look)
+    assert made == looks
