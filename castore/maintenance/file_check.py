@@ -22,10 +22,11 @@ from castore.format.layout import (
     check_ref_name,
     decode_ref_name,
     parse_snapshot_name,
+    snapshot_name,
 )
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
-from castore.leases import condemned_packs, list_leases
+from castore.leases import condemned_packs, list_leases, read_condemned
 from castore.maintenance.report import Findings
 from castore.marks import (
     Forgotten,
@@ -100,12 +101,14 @@ def read_snapshots(
 ) -> tuple[dict[SnapshotId, SnapshotRecord], set[SnapshotId]]:
     """The records, newest first, and the ids of those that cannot be read.
 
-    Forgotten snapshots that no ref names are passed over: gc may be half through with them.
+    Passed over, as gc may be half through with them: forgotten snapshots that no ref names, and condemned ones that no
+    ref reaches.
     """
+    condemned = _condemned_snapshots(handle.backend)
     waiting = marks.forgotten.keys() - {ref.snapshot_id for ref in refs.values()}
     waiting_count = 0
     records: dict[SnapshotId, SnapshotRecord] = {}
-    unreadable: set[SnapshotId] = set()
+    errors: dict[SnapshotId, CastoreError] = {}
     for info in handle.backend.list(SNAPSHOTS):
         snapshot_id = parse_snapshot_name(info.name)
         if snapshot_id is None or len(snapshot_id) != 2 * handle.hasher.digest_bytes:
@@ -119,10 +122,14 @@ def read_snapshots(
         except UnknownRefError:
             findings.note(f"{info.name} was removed while this ran")
         except CastoreError as error:
-            unreadable.add(snapshot_id)
-            names = [ref.name for ref in refs.values() if ref.snapshot_id == snapshot_id]
-            named = f" (named by {some(names)})" if names else ""
-            findings.problem("snapshot", info.name, f"{error}{named}", {snapshot_id: ()})
+            errors[snapshot_id] = error
+    going = (condemned & (records.keys() | errors.keys())) - _reached(refs, records, marks)
+    records = {snapshot_id: record for snapshot_id, record in records.items() if snapshot_id not in going}
+    unreadable = errors.keys() - going
+    for snapshot_id in sorted(unreadable):
+        names = [ref.name for ref in refs.values() if ref.snapshot_id == snapshot_id]
+        named = f" (named by {some(names)})" if names else ""
+        findings.problem("snapshot", snapshot_name(snapshot_id), f"{errors[snapshot_id]}{named}", {snapshot_id: ()})
     for snapshot_id, record in records.items():
         for parent in record.parents:
             if parent not in records and parent not in unreadable and parent not in marks.forgotten:
@@ -131,6 +138,8 @@ def read_snapshots(
         findings.note(
             f"{waiting_count} forgotten snapshots wait for gc; `castore undelete` brings them back until then"
         )
+    if going:
+        findings.note(f"{len(going)} snapshots that no ref reaches are being collected")
     newest_first = sorted(records.items(), key=lambda item: item[1].time_ns, reverse=True)
     return dict(newest_first), unreadable
 
@@ -160,18 +169,31 @@ def _readable(
 
 def find_orphans(refs: Mapping[str, Ref], records: Records, marks: Marks, findings: Findings) -> tuple[SnapshotId, ...]:
     """The snapshots that no ref reaches, newest first."""
-    reached: set[SnapshotId] = set()
-    pending = [ref.snapshot_id for ref in refs.values()]
-    while pending:
-        snapshot_id = pending.pop()
-        found = records.get(snapshot_id) or marks.forgotten.get(snapshot_id)
-        if found is not None and snapshot_id not in reached:
-            reached.add(snapshot_id)
-            pending.extend(found.parents)
+    reached = _reached(refs, records, marks)
     orphans = tuple(snapshot_id for snapshot_id in records if snapshot_id not in reached)
     if orphans and any(problem.kind in ("ref", "snapshot") for problem in findings.problems):
         findings.note("some orphans may only be cut off by the damage to refs and snapshots named above")
     return orphans
+
+
+def _reached(refs: Mapping[str, Ref], records: Records, marks: Marks) -> set[SnapshotId]:
+    """What refs name, and what is reached from there through parents, across tombstones."""
+    reached: set[SnapshotId] = set()
+    pending = [ref.snapshot_id for ref in refs.values()]
+    while pending:
+        snapshot_id = pending.pop()
+        if snapshot_id not in reached:
+            reached.add(snapshot_id)
+            found = records.get(snapshot_id) or marks.forgotten.get(snapshot_id)
+            pending.extend(found.parents if found is not None else ())
+    return reached
+
+
+def _condemned_snapshots(backend: Backend) -> frozenset[SnapshotId]:
+    """What collectors are removing; nothing when that cannot be read, which `check_gc` says."""
+    with suppress(CastoreError):
+        return frozenset[SnapshotId]().union(*(found.snapshots for found in read_condemned(backend)))
+    return frozenset()
 
 
 def check_gc(handle: Handle, findings: Findings) -> None:

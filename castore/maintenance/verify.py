@@ -34,6 +34,7 @@ from castore.maintenance.file_check import (
     read_refs,
     read_snapshots,
 )
+from castore.maintenance.gc.writers import Watch
 from castore.maintenance.needs import NeededChunks
 from castore.maintenance.pack_check import Survey, check_packs
 from castore.maintenance.parts import PartReader
@@ -121,7 +122,12 @@ def verify(
 
 
 def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
-    """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone."""
+    """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone.
+    And once more when the writers of now have ended, for the lease length at most: one that was taken for dead and woke
+    up shows its snapshot first and then puts back what was collected of it.
+    """
+    watch = Watch(lease_s=handle.config.options.lease_s)
+    has_waited = False
     looks = 0
     problems: Sequence[Problem] = ()
     while True:
@@ -133,8 +139,12 @@ def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
         # A collector lets the index forget a pack before it removes it; the next look indexes it again where it stands.
         unindexed = looks == 1 and any(problem.kind == "index" for problem in problems)
         is_steady = looks == _LOOKS_MAX or (looks >= _LOOKS_ENOUGH and problems == earlier)
-        if not problems or is_steady or (stayed and not unindexed):
+        if not problems:
             return found
+        if is_steady or (stayed and not unindexed):
+            if has_waited or not watch.outwait_writers(handle.backend):
+                return found
+            has_waited, looks = True, 0
 
 
 def examine(

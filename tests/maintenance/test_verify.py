@@ -24,9 +24,10 @@ from castore.format.manifest import Entry, Kind, encode_part
 from castore.format.pack import RecordKind, Row
 from castore.ids import PackId
 from castore.index.base import Location
+from castore.leases import condemn, writer_lease
 from castore.maintenance import verify as verify_module
 from castore.maintenance.tables import open_rows
-from castore.maintenance.verify import VerifyReport, settled, verify
+from castore.maintenance.verify import Examination, VerifyReport, examine, settled, verify
 from castore.options import GRID_BYTES, Compression, RepositoryOptions
 from castore.pack.writer import PackWriter
 from castore.repository import Handle
@@ -523,3 +524,60 @@ def test_what_two_looks_in_a_row_do_not_find_is_no_damage(
     monkeypatch.setattr(verify_module, "list_packs", lambda _: frozenset([str(next(listings))]))
     settled(create_on(MemoryBackend()).handle, look)
     assert made == looks
+
+
+def test_what_a_waking_writer_puts_back_was_never_missing(repo: Repository) -> None:
+    """It was taken for dead, shows its snapshot first, and then puts back what was collected of it."""
+    backend = repo.handle.backend
+    name = snapshot_name(repo.snapshot("main").id)
+    data = backend.read(name, max_bytes=1 << 20)
+    backend.delete(name)
+    has_looked, reports = threading.Event(), []
+
+    def writer() -> None:
+        with writer_lease(backend, purpose="save", now_ns=1):
+            has_started.set()
+            assert has_looked.wait(60)
+            assert backend.put_if_absent(name, data)
+
+    def look() -> Examination:
+        found = examine(repo.handle, data=False)
+        reports.append(found.findings.problems)
+        has_looked.set()
+        return found
+
+    has_started = threading.Event()
+    thread = threading.Thread(target=writer)
+    thread.start()
+    assert has_started.wait(60)
+    assert not settled(repo.handle, look).findings.problems
+    thread.join()
+    assert [problem.kind for problem in reports[0]] == ["ref"]
+
+
+def test_damage_stays_damage_however_long_a_writer_is_under_way() -> None:
+    repo = create_on(MemoryBackend(), RepositoryOptions(lease_s=0.05))
+    repo.handle.backend.delete(snapshot_name(repo.save(make_state(1)).id))
+    with writer_lease(repo.handle.backend, purpose="save", now_ns=1):
+        assert kinds(repo.verify()) == ["ref"]
+
+
+def test_a_condemned_snapshot_that_no_ref_reaches_is_passed_over() -> None:
+    """Its writer slept while its chunks were collected, showed it, and was killed: nobody was told of it."""
+    repo = create_on(MemoryBackend())
+    lost = repo.save(make_state(3), branch="lost")
+    repo.delete_branch("lost")
+    for pack_id in list_packs(repo.handle.backend):
+        repo.handle.backend.delete(pack_name(pack_id))
+    kept = repo.save(make_state(1), step=1)
+    head = repo.save(make_state(2), step=2)
+    repo = open_on(repo.handle.backend)
+    assert repo.verify().damaged_snapshots.keys() == {lost.id}
+    condemn(repo.handle.backend, packs=(), snapshots=[lost.id, kept.id], now_ns=1)
+    report = repo.verify()
+    assert report.ok
+    assert not report.orphans
+    assert any("snapshots that no ref reaches are being collected" in note for note in report.notes)
+    damaged = location_of(repo, "weight", ref=kept.id)
+    repo.handle.backend.delete(pack_name(damaged.pack_id))
+    assert repo.verify().damaged_snapshots.keys() == {kept.id, head.id}

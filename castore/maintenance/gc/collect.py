@@ -97,7 +97,7 @@ def collect(
     handle.config.check_features("write", "gc", where=handle.backend.location)  # what must stay is copied first
     watch = Watch(lease_s=handle.config.options.lease_s, monotonic_s=monotonic_s, sleep=sleep)
     if request.dry_run:
-        survey = Survey(handle, progress=progress)
+        survey = Survey(handle, watch, progress=progress)
         plan = _plan(handle, survey, request)
         return _dry_report(survey, plan, _plan_rebase(handle, survey, request))
     with collector_claim(handle.backend, watch, now_ns=handle.clock()) as claim:
@@ -144,7 +144,7 @@ class _Collection:
 
     def run(self) -> GcReport:
         """All phases."""
-        survey = Survey(self._handle, progress=self._progress)
+        survey = Survey(self._handle, self._watch, progress=self._progress)
         self._rebase(survey)
         plan = _plan(self._handle, survey, self._request)
         self._condemn(survey, plan)

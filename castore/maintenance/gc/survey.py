@@ -13,6 +13,7 @@ from castore.maintenance.gc.ledger import Ledger, PackFile
 from castore.maintenance.gc.mark import Marker
 from castore.maintenance.gc.packs import add_packs, list_new_packs
 from castore.maintenance.gc.plan import PackState
+from castore.maintenance.gc.writers import Watch
 from castore.marks import forgotten_ids
 from castore.repository import Handle
 from castore.roots import Roots, live_roots
@@ -25,13 +26,14 @@ Progress = Callable[[str, int, int], None]
 class Survey:
     """What is there and what is needed. Belongs to one thread."""
 
-    def __init__(self, handle: Handle, *, progress: Progress, last: Sequence[SnapshotId] = ()) -> None:
+    def __init__(self, handle: Handle, watch: Watch, *, progress: Progress, last: Sequence[SnapshotId] = ()) -> None:
         """Look; snapshots in `last` are marked after all others, in that order. Raises DamageError when it cannot be
         known what is needed, StorageError or RepositoryAccessError.
         """
         self.ledger = Ledger(handle.hasher.digest_bytes)
         self.notes: list[str] = []
         self._handle = handle
+        self._watch = watch
         self._progress = progress
         self._last = last
         self._marker = Marker(handle, self.ledger)
@@ -92,8 +94,12 @@ class Survey:
 
     def _look_at_roots(self) -> tuple[Roots, Mapping[SnapshotId, str]]:
         """The roots, marked, and the snapshots that may go."""
-        backend, options = self._handle.backend, self._handle.config.options
-        roots = live_roots(backend, now_ns=self._handle.clock(), grace_ns=int(options.orphan_grace_s * 1e9))
+        roots = self._live_roots()
+        if _missing_heads(roots) and self._watch.outwait_writers(
+            self._handle.backend, notice=lambda leases: self._progress("waiting for writers", 0, len(leases))
+        ):
+            # One that was taken for dead moved its branch to a snapshot that was collected, and moves it on.
+            roots = self._live_roots()
         _check(roots)
         live, dead = dict(roots.live), dict(roots.dead)
         if roots.missing:
@@ -110,6 +116,10 @@ class Survey:
 
         self._marker.add(live, roots.thinnings, step=step)
         return roots, dead
+
+    def _live_roots(self) -> Roots:
+        backend, options = self._handle.backend, self._handle.config.options
+        return live_roots(backend, now_ns=self._handle.clock(), grace_ns=int(options.orphan_grace_s * 1e9))
 
     def _spare_unreached(self, roots: Roots) -> dict[SnapshotId, SnapshotRecord]:
         """A snapshot is missing in the middle of history: what lies behind it may only look unreached, so nothing goes
@@ -132,9 +142,12 @@ def _check(roots: Roots) -> None:
             f"{why}; restore it from a copy, run `castore repair`, or give it up with "
             f"`castore forget {snapshot_id[:12]}`"
         )
-    for snapshot_id, what in roots.missing.items():
-        if snapshot_id in roots.heads:
-            raise DamageError(
-                f"{what} names snapshot {snapshot_id}, which is not there, so nothing is freed: restore it from a "
-                "copy, or move or delete the ref"
-            )
+    for snapshot_id, what in _missing_heads(roots).items():
+        raise DamageError(
+            f"{what} names snapshot {snapshot_id}, which is not there, so nothing is freed: restore it from a "
+            "copy, move or delete the ref, or let `castore repair --fix-refs` show where to"
+        )
+
+
+def _missing_heads(roots: Roots) -> dict[SnapshotId, str]:
+    return {snapshot_id: what for snapshot_id, what in roots.missing.items() if snapshot_id in roots.heads}

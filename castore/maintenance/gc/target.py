@@ -17,6 +17,7 @@ from castore.maintenance.forget import forget_by_policy, forget_named
 from castore.maintenance.gc.collect import GcRequest, collect
 from castore.maintenance.gc.report import GcReport, Pending
 from castore.maintenance.gc.survey import Progress, Survey
+from castore.maintenance.gc.writers import Watch
 from castore.maintenance.policy import Policy, read_policy
 from castore.maintenance.thin import thin_old
 from castore.repository import Handle
@@ -59,11 +60,12 @@ def collect_to_target(
     target_bytes = request.target_bytes
     assert target_bytes is not None
     policy = read_policy(handle.backend)
-    plan = _plan(handle, policy, target_bytes, progress)
+    watch = Watch(lease_s=handle.config.options.lease_s, **time)
+    plan = _plan(handle, watch, policy, target_bytes, progress)
     too_large = bool(plan.dropped) or plan.excess_bytes > 0
     if too_large and policy is not None and policy.older_than is not None and not request.dry_run:
         thin_old(handle, policy.thin, older_than=policy.older_than, must_match=False)
-        plan = _plan(handle, policy, target_bytes, progress)
+        plan = _plan(handle, watch, policy, target_bytes, progress)
     if plan.dropped and not request.dry_run:
         forget_named(handle, plan.dropped)
     report = collect(handle, replace(request, repack_below=1.0), progress=progress, **time)
@@ -82,13 +84,13 @@ def collect_to_target(
     return replace(report, pending=(*report.pending, _shortfall(report, plan, policy, target_bytes)))
 
 
-def _plan(handle: Handle, policy: Policy | None, target_bytes: int, progress: Progress) -> TargetPlan:
+def _plan(handle: Handle, watch: Watch, policy: Policy | None, target_bytes: int, progress: Progress) -> TargetPlan:
     allowed: list[SnapshotId] = []
     if policy is not None and policy.keep is not None:
         choices = forget_by_policy(handle, policy.keep, dry_run=True).dropped
         newest_first = sorted(choices, key=lambda choice: choice.created_at, reverse=True)
         allowed = [choice.snapshot_id for choice in newest_first]
-    survey = Survey(handle, progress=progress, last=allowed)
+    survey = Survey(handle, watch, progress=progress, last=allowed)
     by_owner = survey.ledger.bytes_by_owner(len(survey.snapshots)).tolist()
     sizes = dict(zip(survey.snapshots, by_owner, strict=True))
     droppable = [(snapshot_id, sizes.pop(snapshot_id)) for snapshot_id in reversed(allowed) if snapshot_id in sizes]

@@ -86,6 +86,19 @@ class Watch:
             self._sleep(poll_s)
             poll_s = min(_POLL_LAST_S, poll_s * _POLL_GROWTH)
 
+    def outwait_writers(
+        self, backend: Backend, *, notice: Callable[[list[LeaseInfo]], object] = lambda _: None
+    ) -> bool:
+        """Wait until every writer of now has ended, for the lease length at most; False when there was none.
+
+        For whoever finds something missing: a writer that was taken for dead and woke up publishes first, and puts
+        back what was collected meanwhile right after that, before it reports anything.
+        """
+        names = {lease.name for lease in list_leases(backend) if self.is_alive(lease)}
+        if names:
+            self.wait_for(backend, names, wait_s=self.lease_s, notice=notice)
+        return bool(names)
+
 
 def older_leases(backend: Backend, condemned_name: str) -> frozenset[str]:
     """The leases that a condemned file must wait for; written down when that has not been done. Call it only when the

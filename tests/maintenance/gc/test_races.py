@@ -14,7 +14,7 @@ import pytest
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.errors import CastoreError, LeaseError, SnapshotGoneError
+from castore.errors import CastoreError, DamageError, LeaseError, SnapshotGoneError
 from castore.format.layout import new_collector_name, snapshot_name
 from castore.ids import SnapshotId
 from castore.leases import claim_text, condemned_packs, writer_lease
@@ -22,6 +22,7 @@ from castore.maintenance.gc.report import GcReport
 from castore.maintenance.repair.plan import RepairPlan
 from castore.marks import forgotten_ids
 from castore.options import RepositoryOptions
+from castore.refs import move_branch
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, files_of, open_on, packs_of
 from tests.checkpoint.states import State, assert_same
 from tests.maintenance.gc.histories import Timepiece, check_whole, drifting, forget, fresh, gc, gc_files, line
@@ -207,6 +208,30 @@ def pending_collection(backend: MemoryBackend) -> Iterator[GcReport]:
     """A collection has condemned, and waits for a writer that will not end."""
     with writer_lease(backend, purpose="save", now_ns=1 << 62):
         yield gc(open_on(backend), wait_s=0.0)
+
+
+@pytest.mark.parametrize("heals", [True, False])
+def test_a_branch_that_a_waking_writer_left_on_a_collected_snapshot_is_given_the_time_to_move_on(heals: bool) -> None:
+    """It moved its branch, and has not come to its own check yet. Should it never, the collection fails closed."""
+    backend, ids = doomed()
+    gone = SnapshotId("ab" * 16)
+    assert move_branch(backend, "main", expected_id=ids[2], new_id=gone, now_ns=5)
+    with ExitStack() as stack:
+        stack.enter_context(writer_lease(backend, purpose="save", now_ns=1 << 62))
+
+        def heal() -> None:
+            assert move_branch(backend, "main", expected_id=gone, new_id=ids[2], now_ns=6)
+            stack.close()
+
+        time = Timepiece(while_asleep=heal if heals else lambda: None)
+        if heals:
+            assert gc(open_on(backend), time).snapshots.keys() == {ids[0], ids[1], ids[3]}
+        else:
+            with pytest.raises(DamageError, match="which is not there"):
+                gc(open_on(backend), time)
+            assert time.now_s >= open_on(backend).handle.config.options.lease_s
+    assert_same(open_on(backend).load(ids[2]), drifting(2))
+    assert open_on(backend).verify(data=True).ok is heals
 
 
 # ---- the drain -----------------------------------------------------------------------------------------------------
