@@ -123,8 +123,8 @@ def verify(
 
 def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
     """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone.
-    And once more when the writers of now have ended, for the lease length at most: one that was taken for dead and woke
-    up shows its snapshot first and then puts back what was collected of it.
+    And once more after a little waiting for writers: one that was taken for dead and woke up shows its snapshot first
+    and then puts back what was collected of it.
     """
     watch = Watch(lease_s=handle.config.options.lease_s)
     has_waited = False

@@ -24,6 +24,7 @@ from castore.format.textfile import decode_text_file, encode_text_file, text_fie
 from castore.leases import LeaseInfo, list_leases
 from castore.options import TEXT_FILE_BYTES_MAX
 
+_PUTTING_BACK_S = 10.0
 _POLL_FIRST_S, _POLL_LAST_S, _POLL_GROWTH = 0.01, 1.0, 1.5
 
 
@@ -89,14 +90,16 @@ class Watch:
     def outwait_writers(
         self, backend: Backend, *, notice: Callable[[list[LeaseInfo]], object] = lambda _: None
     ) -> bool:
-        """Wait until every writer of now has ended, for the lease length at most; False when there was none.
+        """Wait a little for every writer of now to end; False when there was none.
 
         For whoever finds something missing: a writer that was taken for dead and woke up publishes first, and puts
-        back what was collected meanwhile right after that, before it reports anything.
+        back what was collected meanwhile right after that, before it reports anything. A lease that says nothing of its
+        holder is not waited for.
         """
-        names = {lease.name for lease in list_leases(backend) if self.is_alive(lease)}
+        leases = [lease for lease in list_leases(backend) if self.is_alive(lease)]
+        names = {lease.name for lease in leases if lease.held or lease.boot}
         if names:
-            self.wait_for(backend, names, wait_s=self.lease_s, notice=notice)
+            self.wait_for(backend, names, wait_s=min(self.lease_s, _PUTTING_BACK_S), notice=notice)
         return bool(names)
 
 

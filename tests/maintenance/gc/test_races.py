@@ -229,7 +229,7 @@ def test_a_branch_that_a_waking_writer_left_on_a_collected_snapshot_is_given_the
         else:
             with pytest.raises(DamageError, match="which is not there"):
                 gc(open_on(backend), time)
-            assert time.now_s >= open_on(backend).handle.config.options.lease_s
+            assert 0 < time.now_s < 60
     assert_same(open_on(backend).load(ids[2]), drifting(2))
     assert open_on(backend).verify(data=True).ok is heals
 
