@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from castore.codec.rounding import Rule
 
 ReadRaw = Callable[[], Buffer]
+KeepBase = Callable[[ChunkId, Buffer, ChunkId | None], None]
+"""Gets a chunk, its raw bytes, and the base that it was compared with, which later ones will not need for it."""
 
 
 def worker_count() -> int:
@@ -100,10 +102,10 @@ class ChunkWriter:
         compression: Compression,
         now_ns: int,
         may_order: bool = False,
-        keep_base: Callable[[ChunkId, Buffer], None] | None = None,
+        keep_base: KeepBase | None = None,
     ) -> None:
-        """`may_order` allows for records of codec 18. `keep_base` gets the raw bytes of every chunk that later ones may
-        rest on, from an encoding thread.
+        """`may_order` allows for records of codec 18. `keep_base` gets every chunk that later ones may rest on, from
+        an encoding thread.
         """
         self._backend = backend
         self._hasher = hasher
@@ -232,7 +234,7 @@ class ChunkWriter:
         if base is not None and encoded.rests_on_base:
             coded = Coded(encoded, (base.chunk_id,), base.depth + 1)
         if self._keep_base is not None and coded.depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
-            self._keep_base(chunk_id, raw)
+            self._keep_base(chunk_id, raw, base.chunk_id if base is not None else None)
         return coded
 
     def _append_all(self) -> None:

@@ -152,6 +152,14 @@ class BaseMemory:
                 return
         self._pool.release(copy)
 
+    def give_up(self, chunk_id: ChunkId) -> None:
+        """Drop a copy that nobody will need but the one save that pinned it, which is done with it: the next copy gets
+        its memory.
+        """
+        with self._lock:
+            if chunk_id in self._copies and self._pins[chunk_id] <= 1:
+                self._drop(chunk_id)
+
     def _is_wanted(self, chunk_id: ChunkId) -> bool:
         """Under the lock."""
         return chunk_id not in self._copies and self._held_bytes + GRID_BYTES <= self._budget_bytes

@@ -213,7 +213,7 @@ def test_chunks_that_others_may_rest_on_are_handed_on() -> None:
         REPOSITORY_ID,
         compression="auto",
         now_ns=CREATED_NS,
-        keep_base=lambda chunk_id, raw: kept.update({chunk_id: bytes(raw)}),
+        keep_base=lambda chunk_id, raw, _: kept.update({chunk_id: bytes(raw)}),
     )
     first = floats(1)
     deep = stepped(first)

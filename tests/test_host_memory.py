@@ -194,6 +194,20 @@ def test_pinned_chunks_stay_and_keep_their_bytes() -> None:
     assert memory.get(id_of(raw)) is None
 
 
+def test_only_what_one_save_has_pinned_is_given_up() -> None:
+    memory, _ = memory_of()
+    mine, shared = chunk(1), chunk(2)
+    for raw in (mine, shared):
+        memory.put(id_of(raw), raw)
+        memory.pin({id_of(raw)})
+    memory.pin({id_of(shared)})
+    for raw in (mine, shared, chunk(3)):
+        memory.give_up(id_of(raw))
+    assert memory.get(id_of(mine)) is None
+    assert memory.get(id_of(shared)) == shared
+    assert memory.held_bytes == GRID_BYTES
+
+
 def test_unpinning_what_was_not_pinned_leaves_no_debt() -> None:
     memory, _ = memory_of()
     raw = chunk(1)

@@ -7,6 +7,7 @@ condemned, as of a look taken after the snapshot became visible.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -39,6 +40,7 @@ class WriteSession:
         self._bases: Mapping[ChunkId, Base] = {}
         self._masters: Mapping[ChunkId, Sequence[Master]] = {}
         self._memory = handle.bases
+        self._base_uses: Mapping[ChunkId, int] = {}
         self._pinned: frozenset[ChunkId] = frozenset()
         self._relied_on: dict[ChunkId, Locations] = {}
         """Chunks of the snapshot and the locations they rest on, bases included."""
@@ -59,7 +61,8 @@ class WriteSession:
             wanted = candidates(entries, parents, id_bytes=self.handle.hasher.digest_bytes)
             fresh = {chunk_id: base for chunk_id, base in wanted.items() if chunk_id not in self._relied_on}
             self._bases = plan_bases(fresh, self.handle.store, self._condemned)
-            self._pinned = frozenset(base.chunk_id for base in self._bases.values())
+            self._base_uses = Counter(base.chunk_id for base in self._bases.values())
+            self._pinned = frozenset(self._base_uses)
             self._memory.pin(self._pinned)
             self._keeps_bases = True
 
@@ -78,7 +81,7 @@ class WriteSession:
             compression=handle.config.options.compression,
             may_order=handle.config.may_order,
             now_ns=self.now_ns,
-            keep_base=self._memory.put if self._keeps_bases else None,
+            keep_base=self._keep_base if self._keeps_bases else None,
         )
         for is_copy, group in groupby(sorted(writes, key=self._may_be_copy), key=self._may_be_copy):
             # Copies come last: the depth of what they may rest on is known by then.
@@ -178,6 +181,13 @@ class WriteSession:
         return [
             MasterSource(master.rule, master.chunk_ids, depth, partial(read_all, master)) for master, depth in usable
         ]
+
+    def _keep_base(self, chunk_id: ChunkId, raw: Buffer, instead_of: ChunkId | None) -> None:
+        """Called when a chunk is encoded that will be the next reference at its place: its base has been that."""
+        # Another place may still hold the base, or rest on it.
+        if instead_of is not None and self._base_uses[instead_of] == 1 and instead_of not in self._relied_on:
+            self._memory.give_up(instead_of)
+        self._memory.put(chunk_id, raw)
 
     def _base_source(self, base: Base, raw_bytes: int) -> BaseSource:
         """A base from memory, else from the repository.

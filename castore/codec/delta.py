@@ -33,7 +33,7 @@ _PREFER_SELF = 1.03
 """A delta must promise to be this much smaller than the chunk by itself: it costs a load the reading of its base."""
 _PREFER_UNSCALED = 1.01
 """A factor must promise to gain this much: multiplying costs a pass, on every load too."""
-_PREFER_UNORDERED = 1.01
+_PREFER_UNORDERED = 1.02
 """So must sorting, which costs two."""
 
 

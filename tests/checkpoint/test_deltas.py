@@ -25,6 +25,7 @@ from castore.errors import CastoreError, DamageError, RepositoryAccessError, Sto
 from castore.format.identity import state_id
 from castore.format.layout import pack_name, snapshot_name
 from castore.format.pack import RecordKind, Row
+from castore.host_memory import BaseMemory
 from castore.ids import ChunkId, PackId
 from castore.maintenance.tables import open_rows
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES, Compression, RepositoryOptions
@@ -206,6 +207,36 @@ def test_a_base_in_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     repo.handle.bases.keep_only(())
     repo.save(dense(4), step=4)
     assert read & set(chunks_of(repo, "main@1", "w"))
+
+
+def test_a_new_reference_takes_the_memory_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is like its base, a save would else hold the old state and the new one."""
+    repo = new_repo()
+    repo.handle.base_memory_bytes = AMPLE
+    held: list[int] = []
+    put = BaseMemory.put
+
+    def watched(memory: BaseMemory, *args: Any) -> None:
+        put(memory, *args)
+        held.append(memory.held_bytes)
+
+    monkeypatch.setattr(BaseMemory, "put", watched)
+    for step in range(5):
+        repo.save({"noise": np.random.default_rng(step).integers(0, 256, 16 * GRID_BYTES, np.uint8)}, step=step)
+    assert max(held) == 16 * GRID_BYTES
+    check(open_on(repo.handle.backend), repo.snapshots())
+
+
+def test_a_base_that_another_place_still_holds_stays_in_memory() -> None:
+    repo = new_repo()
+    repo.handle.base_memory_bytes = AMPLE
+    noise = [np.random.default_rng(seed).integers(0, 256, GRID_BYTES, np.uint8) for seed in range(4)]
+    for first in noise[1:]:
+        repo.save({"a": first, "b": noise[0]})
+    repo.save({"a": noise[3], "b": noise[3]})
+    repo.save({"a": noise[2], "b": noise[3]})
+    (still,) = chunks_of(repo, "main", "b")
+    assert repo.handle.bases.get(still) is not None
 
 
 # ---- shape of the history ----------------------------------------------------------------------------------------
