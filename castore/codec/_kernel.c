@@ -3,9 +3,8 @@
  * The same functions exist in numpy (transform.py), which is used where no compiler was at hand; a test compares the two bit for
  * bit. A pass in C runs at the speed of memory, numpy needs one pass for each step.
  *
- *     split(raw, base or None, planes, kept or None, width, mode, alpha) -> number of elements kept
+ *     split(raw, base or None, planes, kept or None, width, mode, alpha, counts or None) -> number of elements kept
  *     merge(planes, kept or None, base or None, out, width, mode, alpha, ordered)
- *     order(planes, base, kept or None, ordered planes, counts, width)
  *
  *     sample(raw, base or None, width, mode, alpha, windows, window_bytes, grouped, segment_items, table)
  *         -> (information, distinct, kept, zeros, segments)  what entropy coding can make of the planes: entropy.py
@@ -34,7 +33,7 @@
  *
  * Ordered planes (width 2, 4 and 8, with a base) hold the kept elements sorted by class, those of one class in their own
  * order: the class of an element is the top byte of its base rotated left by one bit, of a float its exponent or most of
- * it. `order` sorts what `split` gave, and writes to `counts` how many elements each of the 256 classes has (uint32).
+ * it. `split` makes them where it is given `counts`, to which it writes how many elements each of the 256 classes has (uint32).
  *
  * All buffers are contiguous bytes; lengths are checked here, once, before the GIL is released. Little-endian machines only:
  * elsewhere the build stops and numpy is used.
@@ -273,18 +272,70 @@ static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const u
 
 #define CLASSES 256
 
-static void to_starts(const uint32_t counts[CLASSES], Py_ssize_t starts[CLASSES])
-{
-    Py_ssize_t start = 0;
-    for (int class = 0; class < CLASSES; class++) {
-        starts[class] = start;
-        start += counts[class];
+#define DEFINE_CLASSES(W, U)                                                                                           \
+    FAST static void classes_##W(const uint8_t *base, uint8_t *classes, Py_ssize_t count)                              \
+    {                                                                                                                  \
+        U block[BLOCK];                                                                                                \
+        for (Py_ssize_t start = 0; start < count; start += BLOCK) {                                                    \
+            Py_ssize_t length = count - start < BLOCK ? count - start : BLOCK;                                         \
+            memcpy(block, base + start * W, length * W);                                                               \
+            for (Py_ssize_t i = 0; i < length; i++) classes[start + i] = (uint8_t)(block[i] >> (8 * W - 9));           \
+        }                                                                                                              \
     }
-}
 
+DEFINE_CLASSES(2, uint16_t)
+DEFINE_CLASSES(4, uint32_t)
+DEFINE_CLASSES(8, uint64_t)
+
+/* The class of each kept element. The base is looked at once: whatever happens to it meanwhile, places that are taken from
+ * `classes` stay within their counts. */
 static int is_kept(const uint8_t *kept, Py_ssize_t item)
 {
     return kept == NULL || (kept[item / GROUP / 8] >> (item / GROUP % 8) & 1);
+}
+
+static void classify(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, int width, uint8_t *classes)
+{
+    for (Py_ssize_t start = 0, end; start < items; start = end) {
+        for (end = start; end < items && is_kept(kept, end);) end = kept && items - end > GROUP ? end + GROUP : items;
+        if (width == 2) classes_2(base + start * 2, classes, end - start);
+        else if (width == 4) classes_4(base + start * 4, classes, end - start);
+        else classes_8(base + start * 8, classes, end - start);
+        classes += end - start;
+        while (end < items && !is_kept(kept, end)) end += GROUP;
+    }
+}
+
+/* Counters and places that were just written are slow to read, and neighbours are of one class more often than not: so the
+ * elements are dealt with in stretches, one of each in turn, and each stretch has its own. What is left over belongs to the
+ * last. */
+#define STRETCHES 4
+
+struct places {
+    uint32_t counts[STRETCHES][CLASSES], next[STRETCHES][CLASSES];
+};
+
+static void find_places(const uint8_t *classes, Py_ssize_t count, struct places *places)
+{
+    Py_ssize_t length = count / STRETCHES;
+    uint32_t place = 0;
+    memset(places->counts, 0, sizeof places->counts);
+    for (Py_ssize_t i = 0; i < length; i++)
+        for (int k = 0; k < STRETCHES; k++) places->counts[k][classes[k * length + i]]++;
+    for (Py_ssize_t i = STRETCHES * length; i < count; i++) places->counts[STRETCHES - 1][classes[i]]++;
+    for (int class = 0; class < CLASSES; class++)
+        for (int k = 0; k < STRETCHES; k++) {
+            places->next[k][class] = place;
+            place += places->counts[k][class];
+        }
+}
+
+static void add_stretches(const struct places *places, uint32_t counts[CLASSES])
+{
+    for (int class = 0; class < CLASSES; class++) {
+        counts[class] = 0;
+        for (int k = 0; k < STRETCHES; k++) counts[class] += places->counts[k][class];
+    }
 }
 
 static void gather_all_2(const uint8_t *const *planes, Py_ssize_t count, uint16_t *words)
@@ -317,88 +368,97 @@ static void scatter_all_8(const uint64_t *words, uint8_t *planes, Py_ssize_t ite
     scatter_8(words, planes, items, 0, count);
 }
 
-#define DEFINE_ORDER(W, U)                                                                                             \
-    static uint8_t class_##W(const uint8_t *base, Py_ssize_t item)                                                     \
-    {                                                                                                                  \
-        U old;                                                                                                         \
-        memcpy(&old, base + item * W, W);                                                                              \
-        return (uint8_t)(ROTATE_LEFT(U, old) >> (8 * W - 8));                                                          \
-    }                                                                                                                  \
-    /* The class of each kept element, and how many elements each class has. The base is looked at once: whatever       \
-       happened to it meanwhile, places that are taken from `classes` stay within the counts. */                       \
-    static void classify_##W(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, uint8_t *classes,             \
-                             uint32_t counts[CLASSES])                                                                 \
-    {                                                                                                                  \
-        memset(counts, 0, CLASSES * sizeof *counts);                                                                   \
-        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
-            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
-            if (!is_kept(kept, at)) continue;                                                                          \
-            for (Py_ssize_t i = at; i < end; i++) counts[*classes++ = class_##W(base, i)]++;                           \
+#define FOR_EACH_PLACE(ACTION)                                                                                         \
+    Py_ssize_t length = count / STRETCHES;                                                                             \
+    for (Py_ssize_t i = 0; i < length; i++)                                                                            \
+        for (int k = 0; k < STRETCHES; k++) {                                                                          \
+            Py_ssize_t item = k * length + i;                                                                          \
+            uint32_t place = places->next[k][classes[item]]++;                                                         \
+            ACTION;                                                                                                    \
         }                                                                                                              \
+    for (Py_ssize_t item = STRETCHES * length; item < count; item++) {                                                 \
+        uint32_t place = places->next[STRETCHES - 1][classes[item]]++;                                                 \
+        ACTION;                                                                                                        \
+    }
+
+#define DEFINE_ORDER(W, U)                                                                                             \
+    static void sort_##W(const U *plain, U *sorted, const uint8_t *classes, Py_ssize_t count, struct places *places)   \
+    {                                                                                                                  \
+        FOR_EACH_PLACE(sorted[place] = plain[item])                                                                    \
     }                                                                                                                  \
-    /* Planes of the kept elements in place order to ordered planes. words: memory for twice `count` elements. */         \
-    static void order_##W(const uint8_t *classes, Py_ssize_t items, Py_ssize_t count, const uint8_t *const *from,      \
-                          uint8_t *to, Py_ssize_t starts[CLASSES], void *words)                                        \
+    static void unsort_##W(const U *sorted, U *plain, const uint8_t *classes, Py_ssize_t count, struct places *places) \
+    {                                                                                                                  \
+        FOR_EACH_PLACE(plain[item] = sorted[place])                                                                    \
+    }                                                                                                                  \
+    /* Ordered planes to the kept elements in their own order. words: memory for twice `count` elements. */              \
+    static const U *disorder_##W(const uint8_t *classes, Py_ssize_t count, const uint8_t *const *planes,               \
+                                 struct places *places, void *words)                                                   \
     {                                                                                                                  \
         U *plain = words, *sorted = plain + count;                                                                     \
-        gather_all_##W(from, count, plain);                                                                            \
-        for (Py_ssize_t i = 0; i < count; i++) sorted[starts[classes[i]]++] = plain[i];                                \
-        scatter_all_##W(sorted, to, items, count);                                                                     \
-    }                                                                                                                  \
-    /* The inverse, to elements in place; those that are not kept are zero. words: memory for `count` elements. */       \
-    static void disorder_##W(const uint8_t *classes, const uint8_t *kept, Py_ssize_t items, Py_ssize_t count,          \
-                             const uint8_t *const *planes, uint8_t *out, Py_ssize_t starts[CLASSES], void *words)      \
-    {                                                                                                                  \
-        const U *sorted = words;                                                                                       \
-        gather_all_##W(planes, count, words);                                                                          \
-        for (Py_ssize_t at = 0; at < items; at += GROUP) {                                                             \
-            Py_ssize_t end = items - at < GROUP ? items : at + GROUP;                                                  \
-            if (!is_kept(kept, at)) {                                                                                  \
-                memset(out + at * W, 0, (end - at) * W);                                                               \
-                continue;                                                                                              \
-            }                                                                                                          \
-            for (Py_ssize_t i = at; i < end; i++) memcpy(out + i * W, &sorted[starts[*classes++]++], W);               \
-        }                                                                                                              \
+        gather_all_##W(planes, count, sorted);                                                                         \
+        unsort_##W(sorted, plain, classes, count, places);                                                             \
+        return plain;                                                                                                  \
     }
 
 DEFINE_ORDER(2, uint16_t)
 DEFINE_ORDER(4, uint32_t)
 DEFINE_ORDER(8, uint64_t)
 
-#define BY_WIDTH(width, call_2, call_4, call_8)                                                                        \
-    do {                                                                                                               \
-        if ((width) == 2) call_2;                                                                                      \
-        else if ((width) == 4) call_4;                                                                                 \
-        else call_8;                                                                                                   \
-    } while (0)
-
-#define RESTORE_BLOCK(W, U)                                                                                            \
+#define SPLIT_ORDERED(W, U)                                                                                            \
     {                                                                                                                  \
-        U block[BLOCK], other[BLOCK];                                                                                  \
-        memcpy(block, out + start * W, count * W);                                                                     \
-        predict(base + start * W, other, count, W, mode, alpha);                                                       \
-        untransform_##W(block, other, out + start * W, count, mode);                                                   \
+        U *plain = words, *sorted = plain + items;                                                                     \
+        for (Py_ssize_t start = 0; start < items; start += BLOCK) {                                                    \
+            Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;                                          \
+            const uint8_t *from = base + start * W;                                                                    \
+            SPLIT_BLOCK(W, U, memcpy(plain + done, block, count * W))                                                  \
+            done += count;                                                                                             \
+        }                                                                                                              \
+        classify(base, kept, items, W, classes);                                                                       \
+        find_places(classes, done, places);                                                                            \
+        sort_##W(plain, sorted, classes, done, places);                                                                \
+        scatter_all_##W(sorted, planes, items, done);                                                                  \
     }
 
-/* As merge_all, of `kept_count` ordered elements. words: memory for as many, and a byte for each. */
+/* As split_all, the elements sorted. words: ORDER_MEMORY. */
+static Py_ssize_t split_ordered(const uint8_t *raw, const uint8_t *base, uint8_t *planes, uint8_t *kept, Py_ssize_t items,
+                                int width, int mode, float alpha, struct places *places, void *words)
+{
+    Py_ssize_t done = 0;
+    uint8_t *classes = (uint8_t *)words + 2 * items * width;
+    if (kept) memset(kept, 0, (GROUPS_OF(items) + 7) / 8);
+    if (width == 2) SPLIT_ORDERED(2, uint16_t)
+    else if (width == 4) SPLIT_ORDERED(4, uint32_t)
+    else SPLIT_ORDERED(8, uint64_t)
+    return done;
+}
+
+#define MERGE_ORDERED(W, U)                                                                                            \
+    {                                                                                                                  \
+        const U *plain = disorder_##W(classes, kept_count, planes, &places, words);                                    \
+        for (Py_ssize_t start = 0; start < items; start += BLOCK) {                                                    \
+            Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;                                          \
+            Py_ssize_t left = kept ? count_kept(kept, start, count) : count;                                           \
+            const uint8_t *from = base + start * W;                                                                    \
+            uint8_t *to = out + start * W;                                                                             \
+            MERGE_BLOCK(W, U, memcpy(block, plain, left * W))                                                          \
+            plain += left;                                                                                             \
+        }                                                                                                              \
+    }
+
+/* Bytes of memory to split or merge in order: the elements twice, and their classes. */
+#define ORDER_MEMORY(count, width) ((count) * (2 * (width) + 1))
+
+/* As merge_all, of `kept_count` ordered elements. */
 static void merge_ordered(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
                           Py_ssize_t items, Py_ssize_t kept_count, int width, int mode, float alpha, void *words)
 {
-    uint32_t counts[CLASSES];
-    Py_ssize_t starts[CLASSES];
-    uint8_t *classes = (uint8_t *)words + kept_count * width;
-    BY_WIDTH(width, classify_2(base, kept, items, classes, counts), classify_4(base, kept, items, classes, counts),
-             classify_8(base, kept, items, classes, counts));
-    to_starts(counts, starts);
-    BY_WIDTH(width, disorder_2(classes, kept, items, kept_count, planes, out, starts, words),
-             disorder_4(classes, kept, items, kept_count, planes, out, starts, words),
-             disorder_8(classes, kept, items, kept_count, planes, out, starts, words));
-    for (Py_ssize_t start = 0; start < items; start += BLOCK) {
-        Py_ssize_t count = items - start < BLOCK ? items - start : BLOCK;
-        if (width == 2) RESTORE_BLOCK(2, uint16_t)
-        else if (width == 4) RESTORE_BLOCK(4, uint32_t)
-        else RESTORE_BLOCK(8, uint64_t)
-    }
+    struct places places;
+    uint8_t *classes = (uint8_t *)words + 2 * kept_count * width;
+    classify(base, kept, items, width, classes);
+    find_places(classes, kept_count, &places);
+    if (width == 2) MERGE_ORDERED(2, uint16_t)
+    else if (width == 4) MERGE_ORDERED(4, uint32_t)
+    else MERGE_ORDERED(8, uint64_t)
 }
 
 static int arguments_are_valid(int width, int mode, float alpha, PyObject *base)
@@ -427,7 +487,7 @@ static int get_optional(PyObject *object, Py_buffer *view, int flags, Py_ssize_t
         return -1;
     }
     if (view->len >= needed) return 0;
-    PyErr_SetString(PyExc_ValueError, "the base or the kept groups are shorter than the elements");
+    PyErr_SetString(PyExc_ValueError, "the base, the kept groups or the counts are shorter than the elements need");
     PyBuffer_Release(view);
     view->obj = NULL;
     return -1;
@@ -440,16 +500,23 @@ static void release(Py_buffer *view)
 
 static PyObject *kernel_split(PyObject *module, PyObject *args)
 {
-    Py_buffer raw, planes, base, kept;
-    PyObject *base_object, *kept_object, *result = NULL;
+    Py_buffer raw, planes, base, kept, counts;
+    PyObject *base_object, *kept_object, *counts_object, *result = NULL;
+    struct places places;
+    void *words = NULL;
     int width, mode;
     float alpha;
     Py_ssize_t done;
     (void)module;
-    if (!PyArg_ParseTuple(args, "y*Ow*Oiif", &raw, &base_object, &planes, &kept_object, &width, &mode, &alpha))
+    if (!PyArg_ParseTuple(args, "y*Ow*OiifO", &raw, &base_object, &planes, &kept_object, &width, &mode, &alpha,
+                          &counts_object))
         return NULL;
-    base.obj = kept.obj = NULL;
+    base.obj = kept.obj = counts.obj = NULL;
     if (!arguments_are_valid(width, mode, alpha, base_object)) goto done;
+    if (counts_object != Py_None && (width == 1 || base_object == Py_None)) {
+        PyErr_SetString(PyExc_ValueError, "ordered planes need a base and elements of 2, 4 or 8 bytes");
+        goto done;
+    }
     Py_ssize_t items = raw.len / width;
     if (planes.len < items * width) {
         PyErr_SetString(PyExc_ValueError, "the planes are shorter than the elements");
@@ -457,66 +524,29 @@ static PyObject *kernel_split(PyObject *module, PyObject *args)
     }
     if (get_optional(base_object, &base, PyBUF_SIMPLE, items * width) < 0) goto done;
     if (get_optional(kept_object, &kept, PyBUF_WRITABLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
-    Py_BEGIN_ALLOW_THREADS
-    done = split_all(raw.buf, base.obj ? base.buf : NULL, planes.buf, kept.obj ? kept.buf : NULL, items, width, mode,
-                     alpha);
-    Py_END_ALLOW_THREADS
-    result = PyLong_FromSsize_t(done);
-done:
-    release(&base);
-    release(&kept);
-    PyBuffer_Release(&raw);
-    PyBuffer_Release(&planes);
-    return result;
-}
-
-static PyObject *kernel_order(PyObject *module, PyObject *args)
-{
-    Py_buffer planes, base, kept, ordered, counts;
-    PyObject *kept_object, *result = NULL;
-    Py_ssize_t starts[CLASSES];
-    const uint8_t *rows[8];
-    void *words = NULL;
-    int width;
-    (void)module;
-    if (!PyArg_ParseTuple(args, "y*y*Ow*w*i", &planes, &base, &kept_object, &ordered, &counts, &width)) return NULL;
-    kept.obj = NULL;
-    if (width != 2 && width != 4 && width != 8) {
-        PyErr_Format(PyExc_ValueError, "elements of width %d are not ordered", width);
-        goto done;
-    }
-    Py_ssize_t items = planes.len / width;
-    if (base.len < items * width || ordered.len < items * width || counts.len < CLASSES * (Py_ssize_t)sizeof(uint32_t)) {
-        PyErr_SetString(PyExc_ValueError, "the base, the ordered planes or the counts are shorter than the elements need");
-        goto done;
-    }
-    if (get_optional(kept_object, &kept, PyBUF_SIMPLE, (GROUPS_OF(items) + 7) / 8) < 0) goto done;
-    const uint8_t *groups = kept.obj ? kept.buf : NULL;
-    Py_ssize_t count = groups ? count_kept(groups, 0, items) : items;
-    if ((words = PyMem_Malloc(count * (2 * width + 1))) == NULL) {
+    if (get_optional(counts_object, &counts, PyBUF_WRITABLE, CLASSES * (Py_ssize_t)sizeof(uint32_t)) < 0) goto done;
+    if (counts.obj != NULL && (words = PyMem_Malloc(ORDER_MEMORY(items, width))) == NULL) {
         PyErr_NoMemory();
         goto done;
     }
     Py_BEGIN_ALLOW_THREADS
-    for (int k = 0; k < width; k++) rows[k] = (const uint8_t *)planes.buf + k * items;
-    uint8_t *classes = (uint8_t *)words + 2 * count * width;
-    BY_WIDTH(width, classify_2(base.buf, groups, items, classes, counts.buf),
-             classify_4(base.buf, groups, items, classes, counts.buf),
-             classify_8(base.buf, groups, items, classes, counts.buf));
-    to_starts(counts.buf, starts);
-    BY_WIDTH(width, order_2(classes, items, count, rows, ordered.buf, starts, words),
-             order_4(classes, items, count, rows, ordered.buf, starts, words),
-             order_8(classes, items, count, rows, ordered.buf, starts, words));
+    const uint8_t *from = base.obj ? base.buf : NULL;
+    uint8_t *groups = kept.obj ? kept.buf : NULL;
+    if (counts.obj == NULL) {
+        done = split_all(raw.buf, from, planes.buf, groups, items, width, mode, alpha);
+    } else {
+        done = split_ordered(raw.buf, from, planes.buf, groups, items, width, mode, alpha, &places, words);
+        add_stretches(&places, counts.buf);
+    }
     Py_END_ALLOW_THREADS
-    result = Py_None;
-    Py_INCREF(result);
+    result = PyLong_FromSsize_t(done);
 done:
     PyMem_Free(words);
+    release(&base);
     release(&kept);
+    release(&counts);
+    PyBuffer_Release(&raw);
     PyBuffer_Release(&planes);
-    PyBuffer_Release(&base);
-    PyBuffer_Release(&ordered);
-    PyBuffer_Release(&counts);
     return result;
 }
 
@@ -555,7 +585,7 @@ static PyObject *kernel_merge(PyObject *module, PyObject *args)
         }
         planes[held] = views[held].buf;
     }
-    if (ordered && (words = PyMem_Malloc(left * (width + 1))) == NULL) {
+    if (ordered && (words = PyMem_Malloc(ORDER_MEMORY(left, width))) == NULL) {
         PyErr_NoMemory();
         goto done;
     }
@@ -631,6 +661,15 @@ static void count_segment(const uint32_t tables[8][256], Py_ssize_t items, int w
         }
     }
     found->segments++;
+}
+
+static void to_starts(const uint32_t counts[CLASSES], Py_ssize_t starts[CLASSES])
+{
+    Py_ssize_t start = 0;
+    for (int class = 0; class < CLASSES; class++) {
+        starts[class] = start;
+        start += counts[class];
+    }
 }
 
 /* table[n] is n log2 n in fixed point: sums of integers are the same in any order, so the twin agrees to the last bit. */
@@ -854,9 +893,8 @@ static PyObject *kernel_derive(PyObject *module, PyObject *args)
 }
 
 static PyMethodDef methods[] = {
-    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha): elements to planes"},
+    {"split", kernel_split, METH_VARARGS, "split(raw, base, planes, kept, width, mode, alpha, counts): elements to planes"},
     {"merge", kernel_merge, METH_VARARGS, "merge(planes, kept, base, out, width, mode, alpha, ordered): planes to elements"},
-    {"order", kernel_order, METH_VARARGS, "order(planes, base, kept, ordered, counts, width): sort by class of the base"},
     {"derive", kernel_derive, METH_VARARGS, "derive(master, out, rule): float32 rounded to 16 bits"},
     {"sample", kernel_sample, METH_VARARGS,
      "sample(raw, base, width, mode, alpha, windows, window_bytes, grouped, segment_items, table): what entropy coding can make of it"},

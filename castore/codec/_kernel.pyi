@@ -8,6 +8,7 @@ def split(
     width: int,
     mode: int,
     alpha: float,
+    counts: Buffer | None,
     /,
 ) -> int: ...
 def merge(
@@ -20,9 +21,6 @@ def merge(
     alpha: float,
     ordered: bool,
     /,
-) -> None: ...
-def order(
-    planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
 ) -> None: ...
 def sample(
     raw: Buffer,

@@ -61,9 +61,12 @@ class Kernel(Protocol):
         width: int,
         mode: int,
         alpha: float,
+        counts: Buffer | None,
         /,
     ) -> int:
-        """Elements to planes; returns how many elements were kept."""
+        """Elements to planes; returns how many elements were kept. With `counts` (256 uint32) the planes are ordered,
+        and it gets the number of elements of each class.
+        """
         ...
 
     def merge(
@@ -79,12 +82,6 @@ class Kernel(Protocol):
         /,
     ) -> None:
         """Planes to elements."""
-        ...
-
-    def order(
-        self, planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
-    ) -> None:
-        """Sort the elements of planes by the class of their base; counts: 256 uint32, elements of each class."""
         ...
 
     def sample(
@@ -134,7 +131,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-_SPLIT_SLOT, _WORD_SLOT, _ORDER_SLOT = -1, -2, -3
+_SPLIT_SLOT, _WORD_SLOT = -1, -2
 
 
 def scratch(slot: int, length: int) -> Bytes:
@@ -162,16 +159,10 @@ def split(
     items = len(raw) // width
     memory = scratch(_SPLIT_SLOT, width * items)
     kept = bytearray(kept_bytes(items))
-    count = kernel.split(raw, base, memory.data, kept, width, mode, alpha)
-    groups = None if count == items else bytes(kept)
-    cuts: tuple[int, ...] = ()
-    if ordered:
-        assert base is not None
-        plain, memory = memory, scratch(_ORDER_SLOT, width * items)
-        counts = np.empty(_CLASSES, np.uint32)
-        kernel.order(plain.data, base, groups, memory.data, counts.data, width)
-        cuts = tuple(segment_ends(counts.tolist(), SEGMENT_ITEMS_MIN))
-    return Planes(memory.reshape(width, items)[:, :count], groups, cuts)
+    counts = np.empty(_CLASSES, np.uint32) if ordered else None
+    count = kernel.split(raw, base, memory.data, kept, width, mode, alpha, counts.data if counts is not None else None)
+    cuts = tuple(segment_ends(counts.tolist(), SEGMENT_ITEMS_MIN)) if counts is not None else ()
+    return Planes(memory.reshape(width, items)[:, :count], None if count == items else bytes(kept), cuts)
 
 
 def segment_ends(counts: Sequence[int], items_min: int) -> Iterator[int]:
@@ -245,6 +236,7 @@ class NumpyKernel:
         width: int,
         mode: int,
         alpha: float,
+        counts: Buffer | None,
         /,
     ) -> int:
         """See Kernel."""
@@ -264,6 +256,10 @@ class NumpyKernel:
             words = np.bitwise_xor(changed, sign, out=changed)
         if kept is not None:
             words = _compact(words, kept)
+        if base is not None and counts is not None:
+            classes = _classes(base, kept, items, width)
+            words = words[np.argsort(classes, kind="stable")]
+            np.frombuffer(counts, np.uint32)[:] = np.bincount(classes, minlength=_CLASSES)
         columns = words.view(np.uint8).reshape(len(words), width)
         target = np.frombuffer(planes, np.uint8, count=width * items).reshape(width, items)
         for index in range(width):
@@ -329,10 +325,13 @@ class NumpyKernel:
         old = spread.of(base) if base is not None else None
         items = len(new) // width
         planes, kept = np.empty(width * items, np.uint8), bytearray(kept_bytes(items))
-        count = self.split(new.data, old.data if old is not None else None, planes.data, None, width, mode, alpha)
+        before = old.data if old is not None else None
+        count = self.split(new.data, before, planes.data, None, width, mode, alpha, None)
         zeros = int(np.count_nonzero(~planes.reshape(width, items).any(axis=0)))
         if grouped:
-            count = self.split(new.data, old.data if old is not None else None, planes.data, kept, width, mode, alpha)
+            count = self.split(
+                new.data, old.data if old is not None else None, planes.data, kept, width, mode, alpha, None
+            )
         if count == 0:
             return 0, 0, 0, zeros, 0
         rows, ends = planes.reshape(width, items)[:, :count], [count]
@@ -349,18 +348,6 @@ class NumpyKernel:
                 information += int(weights[end - start] - weights[tally].sum())
                 distinct += int(np.count_nonzero(tally))
         return information, distinct, count, zeros, len(ends)
-
-    def order(
-        self, planes: Buffer, base: Buffer, kept: Buffer | None, ordered: Buffer, counts: Buffer, width: int, /
-    ) -> None:
-        """See Kernel."""
-        items = len(planes) // width
-        classes = _classes(base, kept, items, width)
-        rows, target = (
-            np.frombuffer(memory, np.uint8)[: width * items].reshape(width, items) for memory in (planes, ordered)
-        )
-        target[:, : len(classes)] = rows[:, : len(classes)][:, np.argsort(classes, kind="stable")]
-        np.frombuffer(counts, np.uint32)[:] = np.bincount(classes, minlength=_CLASSES)
 
     def ratio(self, raw: Buffer, base: Buffer, windows: int, window_bytes: int, items_max: int, /) -> tuple[float, int]:
         """See Kernel."""

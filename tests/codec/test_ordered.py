@@ -56,11 +56,9 @@ def plainly_ordered(raw: bytes, base: bytes, width: int) -> list[list[int]]:
 
 def order(kernel: Kernel, raw: bytes, base: bytes, width: int) -> tuple[list[bytes], list[int], bytes]:
     items = len(raw) // width
-    planes, kept, ordered = bytearray(width * items), bytearray(transform.kept_bytes(items)), bytearray(width * items)
-    count = kernel.split(raw, base, planes, kept, width, Mode.DIFFERENCE, 1.0)
-    counts = np.zeros(256, np.uint32)
-    kernel.order(planes, base, bytes(kept), ordered, counts.data, width)
-    return [bytes(ordered[k * items : k * items + count]) for k in range(width)], counts.tolist(), bytes(kept)
+    planes, kept, counts = bytearray(width * items), bytearray(transform.kept_bytes(items)), np.zeros(256, np.uint32)
+    count = kernel.split(raw, base, planes, kept, width, Mode.DIFFERENCE, 1.0, counts.data)
+    return [bytes(planes[k * items : k * items + count]) for k in range(width)], counts.tolist(), bytes(kept)
 
 
 @KERNELS
@@ -164,13 +162,13 @@ def test_segments_are_whole_classes_of_enough_elements() -> None:
 @pytest.mark.skipif(COMPILED is None, reason="no compiled kernel")
 def test_arguments_that_do_not_fit_are_refused() -> None:
     assert COMPILED is not None
-    raw, counts = bytes(64), bytearray(1024)
+    raw, planes, counts = bytes(64), bytearray(64), bytearray(1024)
     for call in (
-        lambda: COMPILED.order(raw, raw, None, bytearray(64), counts, 1),
-        lambda: COMPILED.order(raw, raw[:-1], None, bytearray(64), counts, 4),
-        lambda: COMPILED.order(raw, raw, None, bytearray(63), counts, 4),
-        lambda: COMPILED.order(raw, raw, None, bytearray(64), counts[:-1], 4),
-        lambda: COMPILED.order(raw, raw, b"", bytearray(64), counts, 4),
+        lambda: COMPILED.split(raw, raw, planes, None, 1, Mode.XOR, 1.0, counts),
+        lambda: COMPILED.split(raw, None, planes, None, 4, Mode.PLAIN, 1.0, counts),
+        lambda: COMPILED.split(raw, raw, planes, None, 4, Mode.XOR, 1.0, counts[:-1]),
+        lambda: COMPILED.split(raw, raw[:-1], planes, None, 4, Mode.XOR, 1.0, counts),
+        lambda: COMPILED.split(raw, raw, planes[:-1], None, 4, Mode.XOR, 1.0, counts),
         lambda: COMPILED.merge((bytes(16),) * 4, None, None, bytearray(64), 4, Mode.PLAIN, 1.0, True),
         lambda: COMPILED.merge((bytes(64),), None, raw, bytearray(64), 1, Mode.XOR, 1.0, True),
     ):

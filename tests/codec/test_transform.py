@@ -84,7 +84,7 @@ def split(
     kept = unaligned(bytes(transform.kept_bytes(items)), offset) if grouped else None
     other = unaligned(base, (offset + 3) % 8) if base is not None else None
     factor = alpha_of(mode) if alpha is None else alpha
-    count = kernel.split(unaligned(raw, offset), other, planes, kept, width, mode, factor)
+    count = kernel.split(unaligned(raw, offset), other, planes, kept, width, mode, factor, None)
     rows = [bytes(planes[index * items : index * items + count]) for index in range(width)]
     return rows, bytes(kept) if kept is not None else None
 
@@ -297,8 +297,8 @@ def test_buffers_that_are_too_short_are_refused_before_they_are_touched(kernel: 
     planes, kept, out = memoryview(bytearray(400)), bytearray(1), memoryview(bytearray(400))
     rows = (bytes(100),) * 4
     for call in (
-        lambda: kernel.split(raw, None, planes[:399], kept, 4, Mode.PLAIN, 1.0),
-        lambda: kernel.split(raw, raw[:399], planes, kept, 4, Mode.XOR, 1.0),
+        lambda: kernel.split(raw, None, planes[:399], kept, 4, Mode.PLAIN, 1.0, None),
+        lambda: kernel.split(raw, raw[:399], planes, kept, 4, Mode.XOR, 1.0, None),
         lambda: kernel.merge((bytes(100),) * 3 + (bytes(99),), None, None, out, 4, Mode.PLAIN, 1.0, False),
         lambda: kernel.merge(rows, None, raw[:399], out, 4, Mode.XOR, 1.0, False),
     ):
@@ -321,7 +321,7 @@ def test_the_compiled_kernel_checks_what_numpy_cannot_get_wrong() -> None:
         (8, Mode.SCALED, 1.0, raw),
     ):
         with pytest.raises(ValueError, match=r"."):
-            COMPILED.split(raw, base, planes, None, width, mode, alpha)
+            COMPILED.split(raw, base, planes, None, width, mode, alpha, None)
         with pytest.raises(ValueError, match=r"."):
             COMPILED.merge((bytes(64 // max(width, 1)),) * width, None, base, planes, width, mode, alpha, False)
     with pytest.raises(ValueError, match="plane"):
@@ -329,13 +329,13 @@ def test_the_compiled_kernel_checks_what_numpy_cannot_get_wrong() -> None:
     with pytest.raises(ValueError, match="plane"):
         COMPILED.merge((bytes(16), bytes(17), bytes(16), bytes(16)), None, None, planes, 4, Mode.PLAIN, 1.0, False)
     with pytest.raises(ValueError, match="kept"):
-        COMPILED.split(raw, None, planes, bytearray(), 4, Mode.PLAIN, 1.0)
+        COMPILED.split(raw, None, planes, bytearray(), 4, Mode.PLAIN, 1.0, None)
     with pytest.raises(ValueError, match="kept"):
         COMPILED.merge((bytes(16),) * 4, b"", None, planes, 4, Mode.PLAIN, 1.0, False)
     with pytest.raises((TypeError, BufferError)):
-        COMPILED.split(raw, None, bytes(64), None, 4, Mode.PLAIN, 1.0)
+        COMPILED.split(raw, None, bytes(64), None, 4, Mode.PLAIN, 1.0, None)
     with pytest.raises((TypeError, BufferError)):
-        COMPILED.split(raw, None, planes, bytes(1), 4, Mode.PLAIN, 1.0)
+        COMPILED.split(raw, None, planes, bytes(1), 4, Mode.PLAIN, 1.0, None)
 
 
 # ---- the choice --------------------------------------------------------------------------------------------
