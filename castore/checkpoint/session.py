@@ -184,7 +184,7 @@ class WriteSession:
 
     def _keep_base(self, chunk_id: ChunkId, raw: Buffer, instead_of: ChunkId | None) -> None:
         """Called when a chunk is encoded that will be the next reference at its place: its base has been that."""
-        # Another place may still hold the base, or rest on it.
+        # Several places may be compared with it now, and it may itself be a chunk of this snapshot.
         if instead_of is not None and self._base_uses[instead_of] == 1 and instead_of not in self._relied_on:
             self._memory.give_up(instead_of)
         self._memory.put(chunk_id, raw)

@@ -287,13 +287,13 @@ DEFINE_CLASSES(2, uint16_t)
 DEFINE_CLASSES(4, uint32_t)
 DEFINE_CLASSES(8, uint64_t)
 
-/* The class of each kept element. The base is looked at once: whatever happens to it meanwhile, places that are taken from
- * `classes` stay within their counts. */
 static int is_kept(const uint8_t *kept, Py_ssize_t item)
 {
     return kept == NULL || (kept[item / GROUP / 8] >> (item / GROUP % 8) & 1);
 }
 
+/* The class of each kept element. Counts and places are then taken from `classes` alone, so that they agree whatever happens
+ * to the base meanwhile. */
 static void classify(const uint8_t *base, const uint8_t *kept, Py_ssize_t items, int width, uint8_t *classes)
 {
     for (Py_ssize_t start = 0, end; start < items; start = end) {

@@ -156,6 +156,7 @@ def split(
     long as `raw`; SCALED needs width 4 and a factor that is exact in float32, within ALPHA_MIN to ALPHA_MAX. `ordered`
     sorts the elements by the class of their base (_kernel.c) and needs one, and a width of at least 2.
     """
+    assert base is not None or not ordered
     items = len(raw) // width
     memory = scratch(_SPLIT_SLOT, width * items)
     kept = bytearray(kept_bytes(items))

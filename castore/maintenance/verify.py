@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from castore.damage_marks import leave_mark, readable_marks
@@ -52,6 +53,8 @@ __all__ = ["Examination", "Problem", "VerifyReport", "examine", "settled", "veri
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) of pack files."""
 
+_OF_WRITERS = frozenset({"ref", "part", "chunk"})
+"""Kinds of problems that a writer may be about to mend."""
 _LOOKS_ENOUGH, _LOOKS_MAX = 8, 64
 """At a repository whose packs are being collected all the while. After enough of them, what two looks in a row find is
 reported: damage stays, what a collector moves does not. After the most, whatever the last one found.
@@ -123,15 +126,15 @@ def verify(
 
 def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
     """Look again while packs go: a collector is at work, and what is missing was copied out or belongs to the gone.
-    And once more after a little waiting for writers: one that was taken for dead and woke up shows its snapshot first
-    and then puts back what was collected of it.
+    And once more after a little waiting for the writers that were under way, when something is missing and nothing else
+    is wrong: one that was taken for dead and woke up shows its snapshot first, then puts back what was collected of it.
     """
     watch = Watch(lease_s=handle.config.options.lease_s)
     has_waited = False
     looks = 0
     problems: Sequence[Problem] = ()
     while True:
-        before = list_packs(handle.backend)
+        before, writers = list_packs(handle.backend), _writers(watch, handle)
         found = look()
         looks += 1
         earlier, problems = problems, found.findings.problems
@@ -142,9 +145,17 @@ def settled(handle: Handle, look: Callable[[], Examination]) -> Examination:
         if not problems:
             return found
         if is_steady or (stayed and not unindexed):
-            if has_waited or not watch.outwait_writers(handle.backend):
+            writers |= _writers(watch, handle)
+            if has_waited or not writers or any(problem.kind not in _OF_WRITERS for problem in problems):
                 return found
+            watch.outwait(handle.backend, writers)
             has_waited, looks = True, 0
+
+
+def _writers(watch: Watch, handle: Handle) -> frozenset[str]:
+    with suppress(CastoreError):  # leases that cannot be listed are a note of the report
+        return watch.writers(handle.backend)
+    return frozenset()
 
 
 def examine(

@@ -6,6 +6,7 @@ Every comparison is by state id: equal ids mean equal bits.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,17 +17,19 @@ import pytest
 
 import castore
 import tests.tensors.quiet  # noqa: F401
+from castore import chunk_writer
 from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.backend.base import Backend
 from castore.checkpoint.plan import hash_state
+from castore.codec.chooser import Encoded
 from castore.codec.registry import DERIVED, DIFFERENCES
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
 from castore.format.identity import state_id
 from castore.format.layout import pack_name, snapshot_name
 from castore.format.pack import RecordKind, Row
 from castore.host_memory import BaseMemory
-from castore.ids import ChunkId, PackId
+from castore.ids import Buffer, ChunkId, PackId
 from castore.maintenance.tables import open_rows
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES, Compression, RepositoryOptions
 from castore.snapshots import Snapshot, read_record
@@ -225,6 +228,35 @@ def test_a_new_reference_takes_the_memory_of_the_one_before(monkeypatch: pytest.
         repo.save({"noise": np.random.default_rng(step).integers(0, 256, 16 * GRID_BYTES, np.uint8)}, step=step)
     assert max(held) == 16 * GRID_BYTES
     check(open_on(repo.handle.backend), repo.snapshots())
+
+
+def test_a_base_that_two_new_chunks_share_serves_both_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one still reads it when the faster one has been kept."""
+    repo = new_repo()
+    repo.handle.base_memory_bytes = AMPLE
+    noise = np.random.default_rng(0).standard_normal(3 * GRID_BYTES // 4, dtype=np.float32).reshape(3, -1)
+    repo.save({"a": noise[0], "b": noise[0]})
+    repo.save({"a": noise[1], "b": noise[1]})  # kept, and the base of both below
+    later = [(noise[1] * np.float32(1 + 1e-6 * step)).astype(np.float32) for step in (1, 2)]
+    slow_id = repo.handle.hasher.chunk_id(later[1])
+    faster_is_kept = threading.Event()
+    encode, put = chunk_writer.encode_chunk, BaseMemory.put
+
+    def slow_for_one(*args: Any, **options: Any) -> Encoded:
+        if options["chunk_id"] == slow_id:
+            assert faster_is_kept.wait(60)
+        return encode(*args, **options)
+
+    def watched(memory: BaseMemory, chunk_id: ChunkId, raw: Buffer) -> None:
+        put(memory, chunk_id, raw)
+        faster_is_kept.set()
+
+    monkeypatch.setattr(chunk_writer, "worker_count", lambda: 2)
+    monkeypatch.setattr(chunk_writer, "encode_chunk", slow_for_one)
+    monkeypatch.setattr(BaseMemory, "put", watched)
+    snapshot = repo.save(dict(zip("ab", later, strict=True)))
+    assert {row.chain for row in leaf_rows(repo)} & DIFFERENCES
+    check(open_on(repo.handle.backend), [snapshot])
 
 
 def test_a_base_that_another_place_still_holds_stays_in_memory() -> None:

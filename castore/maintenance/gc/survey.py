@@ -19,6 +19,9 @@ from castore.repository import Handle
 from castore.roots import Roots, live_roots
 from castore.snapshots import read_record
 
+_WAKING_S = 1.0
+"""For a writer whose lease is gone, from the move of its branch to its own check."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much of it is done, how much it is in all)."""
 
@@ -95,10 +98,14 @@ class Survey:
     def _look_at_roots(self) -> tuple[Roots, Mapping[SnapshotId, str]]:
         """The roots, marked, and the snapshots that may go."""
         roots = self._live_roots()
-        if _missing_heads(roots) and self._watch.outwait_writers(
-            self._handle.backend, notice=lambda leases: self._progress("waiting for writers", 0, len(leases))
-        ):
-            # One that was taken for dead moved its branch to a snapshot that was collected, and moves it on.
+        if _missing_heads(roots):
+            # A writer that was taken for dead moved its branch to a snapshot that was collected, and moves it on.
+            self._watch.outwait(
+                self._handle.backend,
+                self._watch.writers(self._handle.backend),
+                at_least_s=_WAKING_S,
+                notice=lambda leases: self._progress("waiting for writers", 0, len(leases)),
+            )
             roots = self._live_roots()
         _check(roots)
         live, dead = dict(roots.live), dict(roots.dead)

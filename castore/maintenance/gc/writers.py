@@ -87,20 +87,30 @@ class Watch:
             self._sleep(poll_s)
             poll_s = min(_POLL_LAST_S, poll_s * _POLL_GROWTH)
 
-    def outwait_writers(
-        self, backend: Backend, *, notice: Callable[[list[LeaseInfo]], object] = lambda _: None
-    ) -> bool:
-        """Wait a little for every writer of now to end; False when there was none.
+    def writers(self, backend: Backend) -> frozenset[str]:
+        """The leases of now that may be alive, but for those that say nothing of their holder."""
+        leases = [lease for lease in list_leases(backend) if self.is_alive(lease)]
+        return frozenset(lease.name for lease in leases if lease.held or lease.boot)
+
+    def outwait(
+        self,
+        backend: Backend,
+        names: Collection[str],
+        *,
+        at_least_s: float = 0.0,
+        notice: Callable[[list[LeaseInfo]], object] = lambda _: None,
+    ) -> None:
+        """Wait a little for these writers to end.
 
         For whoever finds something missing: a writer that was taken for dead and woke up publishes first, and puts
-        back what was collected meanwhile right after that, before it reports anything. A lease that says nothing of its
-        holder is not waited for.
+        back what was collected meanwhile right after that, before it reports anything. `at_least_s` is for one whose
+        lease has been removed.
         """
-        leases = [lease for lease in list_leases(backend) if self.is_alive(lease)]
-        names = {lease.name for lease in leases if lease.held or lease.boot}
-        if names:
-            self.wait_for(backend, names, wait_s=min(self.lease_s, _PUTTING_BACK_S), notice=notice)
-        return bool(names)
+        begun_s = self.monotonic_s()
+        self.wait_for(backend, names, wait_s=min(self.lease_s, _PUTTING_BACK_S), notice=notice)
+        left_s = at_least_s - (self.monotonic_s() - begun_s)
+        if left_s > 0:
+            self._sleep(left_s)
 
 
 def older_leases(backend: Backend, condemned_name: str) -> frozenset[str]:
