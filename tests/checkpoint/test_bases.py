@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from castore import chunk_writer
 from castore.api import Repository
 from castore.backend import MemoryBackend
 from castore.checkpoint import bases
 from castore.checkpoint.bases import Base, candidates, plan_bases, reference_of
 from castore.closure import closure
+from castore.codec.chooser import Encoded
 from castore.format.manifest import Entry, Kind
 from castore.format.pack import RecordKind, Row
 from castore.hashing import hasher_for
@@ -344,4 +346,23 @@ def test_a_bit_that_flips_in_a_kept_base_spoils_no_snapshot(monkeypatch: pytest.
     for copy in copies:
         copy.view[1000] ^= 1
     repo.save(drifted(2))
+    assert open_on(repo.handle.backend).load("main")["w"].tobytes() == drifted(2)["w"].tobytes()
+
+
+def test_a_bit_that_flips_in_a_base_while_it_is_used_spoils_no_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = create_on(MemoryBackend())
+    for step in range(2):
+        repo.save(drifted(step))
+    encode = chunk_writer.encode_chunk
+    flipped = []
+
+    def flipping(*args: Any, **options: Any) -> Encoded:
+        if options["base"] is not None:
+            options["base"][1000] ^= 1
+            flipped.append(options["chunk_id"])
+        return encode(*args, **options)
+
+    monkeypatch.setattr(chunk_writer, "encode_chunk", flipping)
+    repo.save(drifted(2))
+    assert flipped
     assert open_on(repo.handle.backend).load("main")["w"].tobytes() == drifted(2)["w"].tobytes()
