@@ -97,8 +97,9 @@ def verify(
     until the time is up, and those left out that were found whole within that age. The structure is checked in full.
 
     Takes no lease and writes nothing but the cache, and marks beside packs that are damaged, so that later saves store
-    again what is in them. Looks again when packs went while it looked, as they do beside a collection. Raises only what
-    is no damage: StorageError when the repository's directory itself cannot be listed, UsageError.
+    again what is in them. Looks again when packs went while it looked, as they do beside a collection, and when
+    something is missing beside writers, for which it waits at most ten seconds. Raises only what is no damage:
+    StorageError when the repository's directory itself cannot be listed, UsageError.
     """
     found = settled(
         handle,
