@@ -74,8 +74,7 @@ def _first_save_peak_mib(measured: Measured) -> float:
 
 
 def _peak_beyond_base_mib(measured: Measured) -> float:
-    """What is kept for deltas counts as one copy of the state. Chunks stored by themselves are there twice while a save
-    replaces them: that counts against us."""
+    """What is kept for deltas counts as one copy of the state."""
     peak, raw = (
         measured["full_finetune", OWN]["save_peak_bytes"],
         measured["full_finetune", SIZE]["raw_bytes"],

@@ -221,22 +221,19 @@ class ChunkWriter:
         if base is not None:
             with suppress(CastoreError):
                 other = base.read()
-        encode = partial(
-            encode_chunk,
+        encoded = encode_chunk(
             raw,
             elements,
             self._compression,
             chunk_id=chunk_id,
             hasher=self._hasher,
+            base=other,
+            base_id=base.chunk_id if base is not None else None,
             may_order=self._may_order,
         )
-        coded = Coded(encode(base=other))
-        if base is not None and other is not None and coded.encoded.rests_on_base:
-            # Hashed afterwards: a difference from a base that changed in memory would prove itself right with it.
-            if self._hasher.digest(other) == base.chunk_id:
-                coded = Coded(coded.encoded, (base.chunk_id,), base.depth + 1)
-            else:
-                coded = Coded(encode(base=None))
+        coded = Coded(encoded)
+        if base is not None and encoded.rests_on_base:
+            coded = Coded(encoded, (base.chunk_id,), base.depth + 1)
         if self._keep_base is not None and coded.depth < DELTA_DEPTH_MAX and kind is RecordKind.LEAF:
             self._keep_base(chunk_id, raw, base.chunk_id if base is not None else None)
         return coded

@@ -187,9 +187,14 @@ def condemned_packs(backend: Backend) -> frozenset[PackId]:
     return frozenset[PackId]().union(*(condemned.packs for condemned in read_condemned(backend)))
 
 
+def condemned_snapshots(backend: Backend) -> frozenset[SnapshotId]:
+    """Snapshots that a collector is about to remove, unless it finds that they are needed. Raises DamageError."""
+    return frozenset[SnapshotId]().union(*(condemned.snapshots for condemned in read_condemned(backend)))
+
+
 def is_condemned(backend: Backend, snapshot_id: SnapshotId) -> bool:
     """Whether a collector is about to remove the snapshot. Raises DamageError."""
-    return any(snapshot_id in condemned.snapshots for condemned in read_condemned(backend))
+    return snapshot_id in condemned_snapshots(backend)
 
 
 def check_not_condemned(backend: Backend, snapshot_id: SnapshotId) -> None:

@@ -64,10 +64,13 @@ def encode_chunk(
     chunk_id: ChunkId,
     hasher: Hasher,
     base: Buffer | None = None,
+    base_id: ChunkId | None = None,
     may_order: bool = False,
     thorough: bool = False,
 ) -> Encoded:
     """Encode one chunk and prove it: what is returned decodes to bytes of that chunk id. Never longer than raw.
+    A base is hashed too, after the proof, where `base_id` names it: one that changed in memory only costs the
+    difference, which would have proved itself right with it.
     Thread-safe. `may_order` allows for codec 18; `thorough` tries a chunk by itself too and searches long for the
     shortest, at 3 to 7 MB/s a core.
 
@@ -77,8 +80,10 @@ def encode_chunk(
     tried = _attempts(raw, elements, compression, base, may_order=may_order, thorough=thorough)
     attempts = (encoded for encoded in tried if encoded)
     for encoded in sorted(attempts, key=lambda attempt: len(attempt.payload)) if thorough else attempts:
-        _prove(encoded, len(raw), chunk_id, hasher, base if encoded.rests_on_base else None)
-        return encoded
+        used = base if encoded.rests_on_base else None
+        _prove(encoded, len(raw), chunk_id, hasher, used)
+        if used is None or base_id is None or hasher.digest(used) == base_id:
+            return encoded
     return Encoded((), raw)
 
 

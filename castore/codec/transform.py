@@ -330,9 +330,7 @@ class NumpyKernel:
         count = self.split(new.data, before, planes.data, None, width, mode, alpha, None)
         zeros = int(np.count_nonzero(~planes.reshape(width, items).any(axis=0)))
         if grouped:
-            count = self.split(
-                new.data, old.data if old is not None else None, planes.data, kept, width, mode, alpha, None
-            )
+            count = self.split(new.data, before, planes.data, kept, width, mode, alpha, None)
         if count == 0:
             return 0, 0, 0, zeros, 0
         rows, ends = planes.reshape(width, items)[:, :count], [count]

@@ -26,7 +26,7 @@ from castore.format.layout import (
 )
 from castore.format.snapshot import SnapshotRecord
 from castore.ids import SnapshotId
-from castore.leases import condemned_packs, list_leases, read_condemned
+from castore.leases import condemned_packs, condemned_snapshots, list_leases
 from castore.maintenance.report import Findings
 from castore.marks import (
     Forgotten,
@@ -104,7 +104,9 @@ def read_snapshots(
     Passed over, as gc may be half through with them: forgotten snapshots that no ref names, and condemned ones that no
     ref reaches.
     """
-    condemned = _condemned_snapshots(handle.backend)
+    condemned = frozenset[SnapshotId]()
+    with suppress(CastoreError):  # `check_gc` says so
+        condemned = condemned_snapshots(handle.backend)
     waiting = marks.forgotten.keys() - {ref.snapshot_id for ref in refs.values()}
     waiting_count = 0
     records: dict[SnapshotId, SnapshotRecord] = {}
@@ -187,13 +189,6 @@ def _reached(refs: Mapping[str, Ref], records: Records, marks: Marks) -> set[Sna
             found = records.get(snapshot_id) or marks.forgotten.get(snapshot_id)
             pending.extend(found.parents if found is not None else ())
     return reached
-
-
-def _condemned_snapshots(backend: Backend) -> frozenset[SnapshotId]:
-    """What collectors are removing; nothing when that cannot be read, which `check_gc` says."""
-    with suppress(CastoreError):
-        return frozenset[SnapshotId]().union(*(found.snapshots for found in read_condemned(backend)))
-    return frozenset()
 
 
 def check_gc(handle: Handle, findings: Findings) -> None:

@@ -205,6 +205,7 @@ class _Repack:
             chunk_id=rewrite.chunk_id,
             hasher=store.hasher,
             base=base,
+            base_id=row.base_ids[0] if base is not None else None,
             may_order=self._handle.config.may_order,
             thorough=self._thorough,
         )

@@ -308,6 +308,7 @@ class Sender:
             chunk_id=new_id,
             hasher=self.target.hasher,
             base=base,
+            base_id=item.bases[0] if base is not None and self.same_hash else None,
             may_order=self.target.config.may_order,
         )
         return _Arrived(new_id, raw, encoded.payload, encoded.chain, encoded.rests_on_base, 0)

@@ -266,7 +266,7 @@ def test_a_base_that_another_place_still_holds_stays_in_memory() -> None:
     noise = [np.random.default_rng(seed).integers(0, 256, GRID_BYTES, np.uint8) for seed in range(5)]
     for first in noise[1:4]:
         repo.save({"a": first, "b": noise[0]})
-    repo.save({"a": noise[3], "b": noise[3]})
+    repo.save({"a": noise[3], "b": noise[3].copy()})
     repo.save({"a": noise[4], "b": noise[3]})
     (still,) = chunks_of(repo, "main", "b")
     assert repo.handle.bases.get(still) is not None

@@ -102,6 +102,7 @@ def _rebase_tree(handle: Handle, ledger: Ledger, tree: Tree, chunks: ChunkReader
                 chunk_id=chunk_id,
                 hasher=hasher,
                 base=other,
+                base_id=base_id,
                 may_order=handle.config.may_order,
             )
             fresh.append((location.row, encoded))
