@@ -172,14 +172,18 @@ def held(worker_process: bool, fresh: MakeRepository) -> MakeGated:
     return make if worker_process else gated
 
 
-def failing(error: Exception, *, operation: str = "create_stream", times: int = 1) -> tuple[Repository, HookedBackend]:
-    """A repository of which some backend calls fail."""
+def failing(
+    error: Exception, *, operation: str = "create_stream", times: int = 1, after: threading.Event | None = None
+) -> tuple[Repository, HookedBackend]:
+    """A repository of which some backend calls fail, each not before `after` is set."""
     left = times
 
     def hook(found: str, name: str) -> None:
         nonlocal left
         if found == operation and left > 0 and threading.current_thread().name == "castore-save":
             left -= 1
+            if after is not None:
+                assert after.wait(WAIT_S)
             raise error
 
     backend = HookedBackend(create_on(MemoryBackend()).handle.backend)
@@ -519,9 +523,11 @@ def test_an_error_that_was_asked_for_is_not_raised_again() -> None:
 
 def test_a_save_that_failed_leaves_the_branch_and_the_next_continues_from_there() -> None:
     """Queued behind one that fails: it is not dragged along."""
-    repo, _ = failing(StorageError("once"))
+    queued = threading.Event()
+    repo, _ = failing(StorageError("once"), after=queued)
     head = repo.snapshot("main").id
     first, second = (repo.save_async(dense(step), step=step) for step in (1, 2))
+    queued.set()
     assert second.result(WAIT_S).parents == (head,)
     with pytest.raises(StorageError):
         first.result(WAIT_S)
