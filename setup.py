@@ -1,6 +1,7 @@
-"""The optional compiled transform; everything else is in pyproject.toml.
+"""The optional compiled parts: transform of elements, copying of memory. Everything else is in pyproject.toml.
 
-`optional=True`: where no compiler is at hand the package installs without it and numpy does the same work, more slowly.
+`optional=True`: where no compiler is at hand the package installs without them, and numpy does the same work more
+slowly.
 """
 
 from setuptools import Extension, setup
@@ -13,7 +14,15 @@ setup(
             extra_compile_args=["-O3"],
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        Extension(
+            "castore.tensors._memory",
+            sources=["castore/tensors/_memory.c"],
+            extra_compile_args=["-O3", "-pthread"],
+            extra_link_args=["-pthread"],
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

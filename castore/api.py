@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -192,20 +193,22 @@ class Repository:
         """
         from castore.checkpoint.request import SaveRequest, check_request
         from castore.checkpoint.stage import stage, staged_bytes
-        from castore.tensors import flatten, pinned_slab
+        from castore.tensors import find_arrays, flatten, pinned_slab
 
         request = check_request(
             SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         )
         saver = self._background()
         saver.raise_failure()
-        flat = flatten(state, allow_pickle=allow_pickle)
-        pending = saver.reserve(staged_bytes(flat), request.step)
+        known = find_arrays(state)
+        arrays = known.values()
+        take_apart = partial(flatten, state, allow_pickle=allow_pickle, known=known)
+        pending = saver.reserve(staged_bytes(arrays), request.step)
         try:
             if self._worker is not None:
-                staged = self._worker.stage(flat)
+                staged = self._worker.stage(arrays, take_apart)
             else:
-                staged = stage(flat, self._handle.pool, self._handle.pinned_pool(pinned_slab))
+                staged = stage(arrays, take_apart, self._handle.pool, self._handle.pinned_pool(pinned_slab))
             saver.submit(pending, staged, request)
         except BaseException:
             saver.cancel(pending)

@@ -7,7 +7,6 @@ Everything is invisible until `finish`; `abort` leaves nothing. One writer belon
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from castore.hashing import Hasher
 from castore.ids import Buffer, ChunkId, PackId, new_pack_id
 from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, PACK_BYTES_MAX, Compression
 from castore.pack.writer import PackWriter, SealedPack
+from castore.threads import worker_count
 
 if TYPE_CHECKING:
     from castore.codec.rounding import Rule
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 ReadRaw = Callable[[], Buffer]
 KeepBase = Callable[[ChunkId, Buffer, ChunkId | None], None]
 """Gets a chunk, its raw bytes, and the base that it was compared with, which later ones will not need for it."""
-
-
-def worker_count() -> int:
-    """Threads for hashing, coding and reading: one per core that this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 from castore import chunk_writer as module
 from castore.backend import MemoryBackend
 from castore.backend.base import Backend, PackSink
-from castore.chunk_writer import BaseSource, ChunkWriter, worker_count
+from castore.chunk_writer import BaseSource, ChunkWriter
 from castore.codec.base import PLAIN, Elements
 from castore.errors import ChecksumError, CodecError, NoSpaceError
 from castore.format.layout import pack_name
@@ -23,6 +23,7 @@ from castore.index import MemoryIndex
 from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, GRID_BYTES, Compression
 from castore.pack.reader import read_header, read_table
 from castore.store import ChunkStore, list_packs
+from castore.threads import worker_count
 from tests.suites.packs import CREATED_NS, HASHER, REPOSITORY_ID
 
 
@@ -452,12 +453,3 @@ def test_put_blocks_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> 
     gate.set()
     saving.join(20)
     assert len(accepted) == ENCODE_AHEAD_CHUNKS + 5
-
-
-def test_there_is_a_thread_for_each_core_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 <= worker_count() <= 8
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    assert worker_count() == 8
-    monkeypatch.delattr("os.sched_getaffinity", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: None)
-    assert worker_count() == 1

@@ -125,7 +125,9 @@ class BackgroundSaver:
         return pending
 
     def submit(self, pending: PendingSave, staged: StagedState, request: SaveRequest) -> None:
-        """Queue a staged state. When no thread can be started, it is released and the error raised."""
+        """Queue a staged state, which counts as what it holds from now on. When no thread can be started, it is
+        released and the error raised.
+        """
         with self._changed:
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="castore-save", daemon=True)
@@ -136,6 +138,7 @@ class BackgroundSaver:
                     raise
                 self._thread = thread
             self._reserved.remove(pending)
+            pending._staged_bytes = staged.held_bytes
             self._queue.append((pending, staged, request))
 
     def cancel(self, pending: PendingSave) -> None:

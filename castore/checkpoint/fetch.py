@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from castore.checkpoint.read_ahead import ReadAhead
-from castore.chunk_writer import worker_count
 from castore.errors import CastoreError
 from castore.ids import ChunkId
 from castore.options import GRID_BYTES
 from castore.store import ChunkStore, Locations
+from castore.threads import worker_count
 
 _BATCH_BYTES, _BATCH_JOBS_MAX = 4 * GRID_BYTES, 64
 """What one thread takes at a time: neighbours in a pack, little enough that the threads finish together. Handing over

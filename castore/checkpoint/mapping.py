@@ -20,7 +20,6 @@ from typing import Any
 from castore.available_memory import available_bytes
 from castore.backend.base import MappableReader, ReadAheadReader
 from castore.checkpoint.read_ahead import spans
-from castore.chunk_writer import worker_count
 from castore.errors import CastoreError
 from castore.format.layout import pack_name
 from castore.format.manifest import Entry, chunk_bytes
@@ -31,6 +30,7 @@ from castore.options import GRID_BYTES
 from castore.pack.reader import read_table
 from castore.store import ChunkStore, Locations
 from castore.tensors import adopt
+from castore.threads import worker_count
 
 _READ_AHEAD_SHARE = 0.25
 """Of the available memory, what the system is asked to read before it is touched. Page by page as they are touched, a

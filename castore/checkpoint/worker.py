@@ -26,7 +26,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.spawn import get_executable
@@ -54,7 +54,7 @@ from castore.options import WORKER_NICENESS
 from castore.refs import read_branch, ref_text
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
-from castore.tensors import FlatState
+from castore.tensors import Array, FlatState
 
 _START_S = 120.0
 """A worker that has not answered by then is something else: it starts in less than a second."""
@@ -74,17 +74,17 @@ class SaveWorker:
         self._pools: tuple[BufferPool, BufferPool] | None = None
         self._process: _Process | None = None
 
-    def stage(self, flat: FlatState) -> StagedState:
-        """Copy a state into shared memory, pinned where it comes from a device. One at a time: `close` waits for it, so
-        that no device writes to memory that is no longer locked.
+    def stage(self, arrays: Iterable[Array], take_apart: Callable[[], FlatState]) -> StagedState:
+        """Copy a state into shared memory (stage.py), pinned where it comes from a device. One at a time: `close` waits
+        for it, so that no device writes to memory that is no longer locked.
 
-        Raises WorkerError or MemoryError.
+        Raises WorkerError, MemoryError, or what `take_apart` raises.
         """
         with self._staging:
             if self._pools is None:
                 self._region = create_region()
                 self._pools = BufferPool(self._region.make_slab), BufferPool(self._region.make_pinned_slab)
-            return stage(flat, *self._pools)
+            return stage(arrays, take_apart, *self._pools)
 
     def save(self, staged: StagedState, request: SaveRequest, progress: Callable[[int, int], None]) -> Snapshot:
         """Carry out one save; blocks until it is durable. Its leaves cannot be read.

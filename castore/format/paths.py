@@ -40,10 +40,8 @@ Key = Hashable
 
 def encode_key(key: Key, *, parent: str = "") -> str:
     """One path component for a dict key; `parent` is for the message of UnsupportedLeafError."""
-    if isinstance(key, str) and type(key) is str:
-        text = _escape(key)
-        reserved = not key or key.startswith("~") or _INTEGER.match(key) is not None
-        return "~s:" + text if reserved else text
+    if type(key) is str:
+        return _encode_text(key)
     if type(key) is bool:
         return "~b:true" if key else "~b:false"
     if type(key) is int:
@@ -63,6 +61,13 @@ def encode_key(key: Key, *, parent: str = "") -> str:
         f"{type(key).__name__} (as a dict key)",
         "use str, int, bool, float, bytes, None or tuples of them as keys",
     )
+
+
+@lru_cache(maxsize=64 * 1024)
+def _encode_text(key: str) -> str:
+    text = _escape(key)
+    reserved = not key or key.startswith("~") or _INTEGER.match(key) is not None
+    return "~s:" + text if reserved else text
 
 
 def decode_key(component: str) -> Key:

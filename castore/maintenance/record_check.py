@@ -68,7 +68,7 @@ class Threads:
 def reading_threads() -> Iterator[Threads]:
     """Threads for the block."""
     # Not at the head of the file: it brings numpy, and whoever checks the structure alone reads no records.
-    from castore.chunk_writer import worker_count
+    from castore.threads import worker_count
 
     count = worker_count()
     with ThreadPoolExecutor(count, thread_name_prefix="castore-verify") as pool:

@@ -9,22 +9,29 @@ into   match(flatten(live), entries) → Match: fill its pairs through live_targ
        then assign(live, match, values)
 """
 
+from castore.tensors.arrays import Array
 from castore.tensors.flatten import FlatState, flatten
+from castore.tensors.glance import KnownArrays, find_arrays
 from castore.tensors.mapped import adopt, can_adopt
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
-from castore.tensors.payloads import Payload
+from castore.tensors.payloads import ArrayPayload, Payload
 from castore.tensors.scalars import decode_value
-from castore.tensors.staging import DeviceCopies, is_on_cuda, pin, pinned_slab
+from castore.tensors.staging import DeviceCopies, HostCopies, Piece, pin, pinned_slab
 from castore.tensors.targets import ARRAY_KINDS, Target, allocate, live_target
 from castore.tensors.unflatten import make_view, select, slice_rows, unflatten
 
 __all__ = [
     "ARRAY_KINDS",
+    "Array",
+    "ArrayPayload",
     "DeviceCopies",
     "FlatState",
+    "HostCopies",
+    "KnownArrays",
     "Match",
     "Pair",
     "Payload",
+    "Piece",
     "Target",
     "adopt",
     "allocate",
@@ -32,8 +39,8 @@ __all__ = [
     "assign_scalars",
     "can_adopt",
     "decode_value",
+    "find_arrays",
     "flatten",
-    "is_on_cuda",
     "live_target",
     "make_view",
     "match",

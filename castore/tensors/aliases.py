@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,6 +67,9 @@ def find_sharing(arrays: Sequence[tuple[int, Array]]) -> Sharing:
 
 def _overlapping_groups(members: Sequence[tuple[int, Array]]) -> Iterable[Shared]:
     """Connected groups of at least two views with elements in common: a sweep over their hulls by address."""
+    hulls = sorted(array.hull for _, array in members)
+    if all(high <= low for (_, high), (low, _) in pairwise(hulls)):
+        return  # no two hulls meet: so it is in most states
     spans = sorted((_Span(number, array) for number, array in members), key=lambda span: (span.low, -span.high))
     groups = _Groups(len(spans))
     active: list[int] = []

@@ -23,7 +23,6 @@ from castore.tensors.strided import (
     extent,
     host_words,
     is_dense,
-    is_row_major,
     may_overlap_itself,
     row_major_stride,
     word_layout,
@@ -33,9 +32,11 @@ CPU = "cpu"
 Family = Literal["torch", "numpy"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Array:
-    """An array and where its elements lie."""
+    """An array and where its elements lie. Not to be changed; `frozen` would treble what making one costs, which an
+    asynchronous save does for every leaf while the training waits.
+    """
 
     value: Any
     """The tensor or ndarray; it keeps the memory alive."""
@@ -68,9 +69,19 @@ class Array:
         return self.device == CPU
 
     @property
+    def on_cuda(self) -> bool:
+        """Whether it lies on a CUDA device."""
+        return self.device != CPU and self.device.startswith("cuda")
+
+    @property
     def is_lazy(self) -> bool:
         """Whether the value is computed from the memory (conjugated or negated) when it is read."""
         return self.conj or self.neg
+
+    @property
+    def is_plain_memory(self) -> bool:
+        """Whether its logical bytes lie in host memory, one behind another from `address` on."""
+        return self.row_major and self.on_host and not self.is_lazy
 
     @property
     def hull(self) -> tuple[int, int]:
@@ -110,7 +121,9 @@ class Array:
         For torch even where only axes of length 1 differ, because it reads the memory format from them; numpy gives
         these no meaning, so they are written as 1.
         """
-        if self.raw_bytes == 0 or (self.row_major and self.stride == row_major_stride(self.shape, self.item_bytes)):
+        if self.raw_bytes == 0 or (self.row_major and 1 not in self.shape):
+            return None
+        if self.row_major and self.stride == row_major_stride(self.shape, self.item_bytes):
             return None
         if self.is_lazy or not self.is_dense or any(step < 0 for step in self.stride):
             return None
@@ -140,7 +153,8 @@ def torch_array(value: Any, path: str) -> Array:
     shape = tuple(value.shape)
     stride = tuple([step * size for step in value.stride()])
     raw_bytes = math.prod(shape) * size
-    row_major = is_row_major(shape, stride, size)
+    row_major = value.is_contiguous()
+    device = CPU if value.is_cpu else str(value.device)
     try:
         storage_bytes, address = value.untyped_storage().nbytes(), value.data_ptr()
     except (RuntimeError, NotImplementedError) as error:
@@ -151,7 +165,7 @@ def torch_array(value: Any, path: str) -> Array:
         # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation fault.
         raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
     conj, neg = value.is_conj(), value.is_neg()
-    return Array(value, "torch", str(value.device), address, shape, stride, element, conj, neg, raw_bytes, row_major)
+    return Array(value, "torch", device, address, shape, stride, element, conj, neg, raw_bytes, row_major)
 
 
 def describe(value: Any, path: str) -> Array:

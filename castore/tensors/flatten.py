@@ -48,6 +48,7 @@ from castore.tensors.classes import (
     namedtuple_fields,
 )
 from castore.tensors.composites import Composite, take_apart
+from castore.tensors.glance import KnownArrays, is_plain
 from castore.tensors.lazy import loaded_torch
 from castore.tensors.payloads import ArrayPayload, HullPayload, Payload
 from castore.tensors.scalars import Encoded, encode_pickle, encode_value, opaque_value
@@ -69,16 +70,18 @@ class FlatState:
     """None for containers and aliases. A VIEW has one too: its own bytes, which are only hashed."""
 
 
-def flatten(state: Any, *, allow_pickle: bool = False, is_target: bool = False) -> FlatState:
+def flatten(
+    state: Any, *, allow_pickle: bool = False, is_target: bool = False, known: KnownArrays | None = None
+) -> FlatState:
     """Take a state apart. Copies no array; the payloads keep the state's values alive and read their memory
     later.
 
     Raises UnsupportedLeafError, which names the path, for a value without a typed encoding
     (`allow_pickle=True` pickles it instead), and UsageError for containers that hold themselves or are nested
     deeper than SKELETON_DEPTH_MAX. `is_target` describes a state that is to be loaded into: what has no typed encoding
-    is named and never pickled.
+    is named and never pickled. `known` spares looking again at what `find_arrays` has found.
     """
-    walk = _Walk(allow_pickle=allow_pickle, is_target=is_target)
+    walk = _Walk(allow_pickle=allow_pickle, is_target=is_target, known=known or {})
     walk.visit(state, "")
     return _with_sharing(walk)
 
@@ -86,9 +89,10 @@ def flatten(state: Any, *, allow_pickle: bool = False, is_target: bool = False) 
 class _Walk:
     """The entries of a state so far."""
 
-    def __init__(self, *, allow_pickle: bool, is_target: bool) -> None:
+    def __init__(self, *, allow_pickle: bool, is_target: bool, known: KnownArrays) -> None:
         self.allow_pickle = allow_pickle
         self.is_target = is_target
+        self.known = known
         self.entries: list[Entry] = []
         self.payloads: list[Payload | None] = []
         self.arrays: list[tuple[int, Array]] = []
@@ -100,7 +104,7 @@ class _Walk:
         """
 
     def visit(self, value: Any, path: str) -> None:
-        part = self._examine(value, path)
+        part = self.known.get(id(value)) or self._examine(value, path)
         if isinstance(part, Encoded):
             self._add(part.entry(path), part.payload())
         elif isinstance(part, Array):
@@ -170,32 +174,33 @@ class _Walk:
 
 def _examine(value: Any, path: str) -> Encoded | Array | Composite | None:
     """What the value is; None for a container. Raises UnsupportedLeafError, which says why and what to do."""
+    kind = type(value)
+    torch = loaded_torch()
+    if torch is not None and (kind is torch.Tensor or kind is torch.nn.Parameter):
+        return torch_array(value, path) if is_plain(value, torch) else _examine_tensor(value, path)
+    if kind is dict or kind is OrderedDict:
+        return None
     encoded = encode_value(value, path)
     if encoded is not None:
         return encoded
-    kind = type(value)
-    if kind in (dict, OrderedDict, list, tuple):
+    if kind is list or kind is tuple:
         return None
     if kind is np.ndarray or kind is np.memmap:
         return numpy_array(value, path)
-    torch = loaded_torch()
-    if torch is not None and kind in (torch.Tensor, torch.nn.Parameter):
-        plain = value.layout is torch.strided and not value.is_quantized
-        return _examine_tensor(value, path, plain=plain)
     is_module = torch is not None and isinstance(value, torch.nn.Module)
     if is_module or isinstance(value, enum.Enum) or not (is_namedtuple(value) or is_dataclass(value)):
         raise unsupported(value, path)
     return None
 
 
-def _examine_tensor(value: Any, path: str, *, plain: bool) -> Array | Composite:
-    if value.device.type == "meta":
+def _examine_tensor(value: Any, path: str) -> Composite:
+    if value.is_meta:
         raise UnsupportedLeafError(
             path, "torch.Tensor on the meta device", "it has no data: materialize it before saving"
         )
     if value.is_nested:
         raise UnsupportedLeafError(path, "nested torch.Tensor", "save list(tensor.unbind())")
-    return torch_array(value, path) if plain else take_apart(value, path)
+    return take_apart(value, path)
 
 
 def _open_container(value: Any, path: str) -> tuple[Kind, dict[str, Any], dict[str, Any], list[tuple[str, Any]]]:

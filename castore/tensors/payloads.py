@@ -109,7 +109,7 @@ class ArrayPayload:
 
 def flat_bytes(array: Array, *, writable: bool = False) -> Bytes | None:
     """The logical bytes as they lie in host memory, without a copy; None when they do not."""
-    if not array.row_major or not array.on_host or array.is_lazy:
+    if not array.is_plain_memory:
         return None
     raw_bytes = array.raw_bytes
     # An empty tensor may have the address 0, which numpy refuses.

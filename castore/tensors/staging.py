@@ -1,26 +1,40 @@
-"""Copies of device tensors into pinned host memory: started together on streams of their own, waited for once.
+"""Copies of arrays into staging memory: started together, going on beside the caller, waited for once.
 
-The copy engine reads the device while the current stream goes on with other work; it begins when what was queued before
-is done, so that it sees the state at the call.
+From host memory threads copy, past the caches (_memory.c). From a device its copy engine does, on streams of their own,
+while the current stream goes on with other work; it begins when what was queued before is done, so that it sees the
+state at the call.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from castore.tensors.arrays import words_on_device
+import numpy as np
+
+from castore.tensors.arrays import Array, words_on_device
 from castore.tensors.lazy import require_torch
-from castore.tensors.payloads import ArrayPayload, Payload
+from castore.tensors.strided import memory_array
+from castore.threads import worker_count
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 
-def is_on_cuda(payload: Payload) -> bool:
-    """Whether the leaf's bytes lie on a CUDA device."""
-    return isinstance(payload, ArrayPayload) and payload.array.device.startswith("cuda")
+def _compiled() -> ModuleType | None:
+    if os.environ.get("CASTORE_KERNEL") == "numpy":
+        return None
+    try:
+        from castore.tensors import _memory
+    except ImportError:  # installed without a compiler
+        return None
+    return _memory
+
+
+_memory = _compiled()
 
 
 def pinned_slab(length: int) -> npt.NDArray[np.uint8]:
@@ -46,6 +60,31 @@ def pin(address: int, length: int) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(address) and None
 
 
+Piece = tuple[memoryview, int]
+"""Memory to fill, and the address of as many bytes in host memory."""
+
+
+class HostCopies:
+    """Copies from host memory that are under way. Whoever starts them keeps the sources alive. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._finish: list[Callable[[], None]] = []
+
+    def start(self, pieces: Sequence[Piece]) -> None:
+        """Begin to fill all of them, in as many threads as cores; where no compiler was at hand, do it now."""
+        if _memory is not None:
+            self._finish.append(partial(_memory.finish, _memory.start(tuple(pieces), max(1, worker_count() - 1))))
+            return
+        for target, address in pieces:
+            source = memory_array(address, (len(target),), (1,), "|u1", owner=None)
+            np.copyto(np.frombuffer(target, np.uint8), source)
+
+    def wait(self) -> None:
+        """Until every byte has arrived."""
+        while self._finish:
+            self._finish.pop()()
+
+
 class DeviceCopies:
     """Copies that are under way. Not thread-safe."""
 
@@ -54,18 +93,17 @@ class DeviceCopies:
         self._sources: list[Any] = []
         """Contiguous copies on the device, which must live until the streams are done."""
 
-    def start(self, payload: Payload, slots: Sequence[memoryview]) -> None:
-        """Begin to copy the logical bytes of a CUDA leaf into pinned slots, which they fill in order."""
-        assert isinstance(payload, ArrayPayload)
+    def start(self, array: Array, slots: Sequence[memoryview]) -> None:
+        """Begin to copy the logical bytes of an array on a CUDA device into pinned slots, which they fill in order."""
         torch = require_torch("CUDA tensors")
-        value = payload.array.value
+        value = array.value
         stream = self._stream(torch, value.device)
         with torch.cuda.stream(stream), torch.no_grad():
-            if payload.array.is_lazy:
+            if array.is_lazy:
                 words = value.detach().resolve_conj().resolve_neg()
                 words = torch.view_as_real(words) if words.is_complex() else words
             else:
-                words = words_on_device(payload.array)
+                words = words_on_device(array)
             source = words.contiguous().reshape(-1).view(torch.uint8)
             at = 0
             for slot in slots:

@@ -69,18 +69,6 @@ def row_major_stride(shape: Sequence[int], item: int) -> tuple[int, ...]:
     return tuple(stride)
 
 
-def is_row_major(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
-    """Whether the memory, read from its start, is the logical bytes. Axes of length 1 may have any stride."""
-    if 0 in shape:
-        return True
-    expected = item
-    for size, step in zip(reversed(shape), reversed(stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
 def is_dense(shape: Sequence[int], stride: Sequence[int], item: int) -> bool:
     """Whether the elements fill their hull without gap or overlap: a row-major array with its axes permuted
     or reversed.

@@ -22,7 +22,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from castore.chunk_writer import worker_count
 from castore.codec.base import Elements
 from castore.codec.chooser import encode_chunk
 from castore.codec.registry import DIFFERENCES, ORDERED
@@ -35,6 +34,7 @@ from castore.index import Location
 from castore.options import DELTA_DEPTH_MAX, ENCODE_AHEAD_CHUNKS, MIB
 from castore.pack.writer import PackWriter
 from castore.repository import Handle
+from castore.threads import worker_count
 from castore.transfer.needs import Need
 from castore.transfer.target_chunks import Stored, TargetChunks
 

@@ -14,7 +14,6 @@ import pytest
 import castore
 from castore.api import Repository
 from castore.backend import MemoryBackend
-from castore.chunk_writer import worker_count
 from castore.errors import (
     ChecksumError,
     ChunkMissingError,
@@ -32,6 +31,7 @@ from castore.errors import (
 )
 from castore.format.layout import pack_name
 from castore.options import GRID_BYTES, MIB, RepositoryOptions
+from castore.threads import worker_count
 from tests.checkpoint.damage import damage_leaf, flip_bit, forge_leaf, places_of, rows_of
 from tests.checkpoint.repositories import HookedBackend, at_call, copied, create_on, delete_packs, open_on, packs_of
 from tests.checkpoint.states import assert_same, training_state

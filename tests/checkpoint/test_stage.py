@@ -6,11 +6,13 @@ import random
 from typing import Any
 
 import numpy as np
+import pytest
 
 from castore.checkpoint.stage import stage, staged_bytes
+from castore.errors import UnsupportedLeafError
 from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
 from castore.options import GRID_BYTES
-from castore.tensors import flatten
+from castore.tensors import find_arrays, flatten
 
 
 class CountingPool(BufferPool):
@@ -56,8 +58,9 @@ def test_copies_are_right_and_occupy_what_is_said_before() -> None:
     pool, pinned = CountingPool(), CountingPool()
     for state in states():
         flat = flatten(state)
-        staged = stage(flat, pool, pinned)
-        assert staged_bytes(flat) == pool.out * GRID_BYTES
+        arrays = find_arrays(state).values()
+        staged = stage(arrays, lambda flat=flat: flat, pool, pinned)
+        assert staged_bytes(arrays) == staged.held_bytes == pool.out * GRID_BYTES
         for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
             if live is None or copy is None:
                 assert live is copy
@@ -71,5 +74,38 @@ def test_copies_are_right_and_occupy_what_is_said_before() -> None:
 
 
 def test_small_leaves_share_slots() -> None:
-    flat = flatten({str(number): np.full(70_000, number, np.uint8) for number in range(28)})
-    assert staged_bytes(flat) == 2 * GRID_BYTES
+    arrays = find_arrays({str(number): np.full(70_000, number, np.uint8) for number in range(28)})
+    assert staged_bytes(arrays.values()) == 2 * GRID_BYTES
+
+
+def test_what_the_first_look_does_not_find_is_staged_all_the_same() -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    large = np.random.default_rng(0).integers(0, 256, 5 * GRID_BYTES // 2, np.uint8)
+    flat = flatten({"large": large, "strided": large[::2], "text": "text " * GRID_BYTES})
+    staged = stage([], lambda: flat, pool, pinned)
+    for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
+        for start in range(0, live.raw_bytes if live is not None else 0, GRID_BYTES):
+            assert live is not None
+            assert copy is not None
+            stop = min(start + GRID_BYTES, live.raw_bytes)
+            assert copy.read(start, stop) == live.read(start, stop)
+    assert staged.held_bytes == pool.out * GRID_BYTES
+    staged.release()
+
+
+def test_one_piece_of_memory_is_copied_once() -> None:
+    torch = pytest.importorskip("torch")
+    pool, pinned = CountingPool(), CountingPool()
+    tied = torch.zeros(GRID_BYTES // 4)
+    state = {"first": tied, "again": tied, "another object": tied.detach(), "same bytes": tied.view(torch.int32)}
+    arrays = find_arrays(state).values()
+    stage(arrays, lambda: flatten({"first": tied}), pool, pinned)
+    assert pool.out == 1
+
+
+def test_a_state_that_is_refused_leaves_no_slot_behind() -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    state = {"fine": np.zeros(5 * GRID_BYTES, np.uint8), "what": object()}
+    with pytest.raises(UnsupportedLeafError, match="what"):
+        stage(find_arrays(state).values(), lambda: flatten(state), pool, pinned)
+    assert pool.out == pinned.out == 0
