@@ -302,6 +302,7 @@ def test_abort_does_not_encode_what_is_still_waiting() -> None:
 def test_packs_that_were_sealed_by_rotation_stay_as_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PACK_BYTES_MAX", 2000)
     monkeypatch.setattr(module, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(module, "_THREAD_BYTES_MIN", 1)
     backend = MemoryBackend()
     writer = new_writer(backend, "none")
     for number in range(ENCODE_AHEAD_CHUNKS + 4):
@@ -425,11 +426,28 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(room_bytes: int) -> None:
     assert len(backend.aborted) == 1
 
 
+def test_small_chunks_are_encoded_where_they_are_put() -> None:
+    """A second thread would only wait for the interpreter; large ones have threads of their own."""
+    writer = new_writer(MemoryBackend())
+    threads: dict[int, set[str]] = {}
+
+    def read(length: int) -> bytes:
+        threads.setdefault(length, set()).add(threading.current_thread().name)
+        return chunk(length, length)
+
+    for length in (GRID_BYTES, GRID_BYTES, *[4000] * 200):
+        put(writer, chunk(length, length), lambda length=length: read(length))
+    writer.finish()
+    assert threads[4000] == {threading.current_thread().name}
+    assert all(name.startswith("castore-encode") for name in threads[GRID_BYTES])
+
+
 # ---- bounds ------------------------------------------------------------------------------------------------
 
 
 def test_put_blocks_while_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(module, "_THREAD_BYTES_MIN", 1)
     writer = new_writer(MemoryBackend())
     gate, accepted = threading.Event(), []
 

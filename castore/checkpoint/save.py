@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -277,6 +278,7 @@ def _array_digests(hasher: Hasher, entries: Iterable[Entry]) -> dict[str, bytes]
 _ARRAYS = frozenset({Kind.TENSOR, Kind.NDARRAY, Kind.STORAGE})
 
 
+@cache
 def software() -> str:
     """What wrote a snapshot, for its record."""
     with suppress(PackageNotFoundError):

@@ -88,6 +88,7 @@ class WriteSession:
             written = self._writer.depths() if is_copy else {}
             self._put_all(group, written, progress)
         sealed = self._writer.finish()
+        self._writer = None  # it holds on to this session, and both to the state: nothing may wait for a collection
         if sealed:
             handle.store.add({pack.pack_id: pack.rows for pack in sealed})
         for pack in sealed:
@@ -144,6 +145,7 @@ class WriteSession:
         """Leave no half-written pack behind."""
         if self._writer is not None:
             self._writer.abort()
+            self._writer = None
         self._unpin()
 
     def _unpin(self) -> None:

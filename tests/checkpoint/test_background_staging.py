@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from castore.backend import MemoryBackend
 from castore.checkpoint import stage
 from castore.host_memory import copy_bytes
 from castore.options import GRID_BYTES
+from castore.tensors import HostCopies, Piece
 from tests.checkpoint.killing import Report, fork
 from tests.checkpoint.repositories import create_on, files_of, held_leases, open_on
 from tests.checkpoint.states import State, assert_same
@@ -23,26 +25,38 @@ WAIT_S = 60
 
 
 def state_of(step: int) -> State:
-    """Eight chunks, so that copying can be stopped in the middle of a leaf and between leaves."""
+    """Sixteen chunks, so that copying can be stopped in the middle of a leaf and between leaves; the first eight lie
+    plainly in memory, the others do not.
+    """
     rng = np.random.default_rng(step)
-    return {name: rng.integers(0, 256, 3 * GRID_BYTES + 100, np.uint8) for name in ("first", "second")}
+    plain = {name: rng.integers(0, 256, 3 * GRID_BYTES + 100, np.uint8) for name in ("first", "second")}
+    return {**plain, **{f"every second of the {name}": np.repeat(array, 2)[::2] for name, array in plain.items()}}
 
 
 def copying(stop: Any, *, at: int) -> Any:
     """A patch under which the copy number `at` of a state does `stop` first."""
     seen = 0
 
-    def counted(target: memoryview, raw: Any) -> None:
+    def count() -> None:
         nonlocal seen
         seen += 1
         if seen == at + 1:
             stop()
+
+    def counted(target: memoryview, raw: Any) -> None:
+        count()
         copy_bytes(target, raw)
 
-    return mock.patch.object(stage, "copy_bytes", counted)
+    class Counted(HostCopies):
+        def start(self, pieces: Sequence[Piece]) -> None:
+            for piece in pieces:
+                count()
+                super().start([piece])
+
+    return mock.patch.multiple(stage, copy_bytes=counted, HostCopies=Counted)
 
 
-@pytest.mark.parametrize("at", [0, 2, 4, 7])
+@pytest.mark.parametrize("at", [0, 2, 4, 7, 8, 13])
 def test_a_kill_while_the_state_is_staged_costs_that_save_and_nothing_else(tmp_path: Path, at: int) -> None:
     path = tmp_path / "store"
     with castore.init(path) as repo:
@@ -69,7 +83,7 @@ def test_a_kill_while_the_state_is_staged_costs_that_save_and_nothing_else(tmp_p
         assert repo.verify(data=True).ok
 
 
-@pytest.mark.parametrize("at", [0, 2, 4, 7])
+@pytest.mark.parametrize("at", [0, 2, 4, 7, 8, 13])
 def test_an_error_while_the_state_is_staged_is_raised_by_the_call_and_the_next_save_works(at: int) -> None:
     repo = create_on(MemoryBackend())
     first = repo.save_async(state_of(0), step=0).result(WAIT_S)

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -810,7 +811,7 @@ def test_close_waits_for_what_is_being_staged(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(worker, "stage", slow)
     save_worker = worker.SaveWorker(handle)
-    stager = threading.Thread(target=save_worker.stage, args=(flatten(dense(0)),))
+    stager = threading.Thread(target=save_worker.stage, args=((), partial(flatten, dense(0))))
     closer = threading.Thread(target=save_worker.close)
     stager.start()
     assert begun.wait(WAIT_S)
