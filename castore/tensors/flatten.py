@@ -52,7 +52,6 @@ from castore.tensors.glance import KnownArrays, is_plain
 from castore.tensors.lazy import loaded_torch
 from castore.tensors.payloads import ArrayPayload, HullPayload, Payload
 from castore.tensors.scalars import Encoded, encode_pickle, encode_value, opaque_value
-from castore.tensors.unsupported import unsupported
 
 STORAGE_PREFIX = "~storage/"
 """No key is escaped to this, so a hidden entry never has the path of a value."""
@@ -189,6 +188,8 @@ def _examine(value: Any, path: str) -> Encoded | Array | Composite | None:
         return numpy_array(value, path)
     is_module = torch is not None and isinstance(value, torch.nn.Module)
     if is_module or isinstance(value, enum.Enum) or not (is_namedtuple(value) or is_dataclass(value)):
+        from castore.tensors.unsupported import unsupported  # names classes of numpy that take 0.1 s to import
+
         raise unsupported(value, path)
     return None
 

@@ -694,6 +694,18 @@ def test_a_crash_at_any_call_leaves_the_history(tmp_path: Path) -> None:
 # ---- back-pressure -----------------------------------------------------------------------------------------------
 
 
+def open_when_waiting(repo: Repository, gate: Any) -> threading.Thread:
+    """A thread that opens the gate as soon as a call waits, and not before; were none to wait, it would fail."""
+
+    def run() -> None:
+        until(lambda: repo._saver is not None and repo._saver._warned)
+        gate.open()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
 def test_over_the_limit_the_call_waits_and_says_so_once(held: MakeGated) -> None:
     with held() as (repo, gate):
         repo.limit_async(in_flight=2)
@@ -701,11 +713,10 @@ def test_over_the_limit_the_call_waits_and_says_so_once(held: MakeGated) -> None
             warnings.simplefilter("error")
             pending = [repo.save_async(dense(step), step=step) for step in (1, 2)]
         assert gate.reached.wait(WAIT_S)
-        threading.Timer(0.2, gate.open).start()
-        begun = time.monotonic()
+        opener = open_when_waiting(repo, gate)
         with pytest.warns(SlowSaveWarning, match=r"save_async waits: 2 saves .*limit_async") as caught:
             pending.append(repo.save_async(dense(3), step=3))
-        assert time.monotonic() - begun > 0.1
+        opener.join()
         assert pending[0].done()
         assert len(caught) == 1
         assert caught[0].filename == __file__, "it names the line that saved"
@@ -724,10 +735,9 @@ def test_bytes_are_limited_too_and_a_save_that_is_too_large_goes_alone(held: Mak
         warnings.simplefilter("ignore", SlowSaveWarning)
         repo.limit_async(in_flight=10, staged_bytes=5 * GRID_BYTES)  # two slots each
         pending = [repo.save_async(state, step=step) for step in (1, 2)]
-        threading.Timer(0.15, gate.open).start()
-        begun = time.monotonic()
+        opener = open_when_waiting(repo, gate)
         pending.append(repo.save_async(state, step=3))
-        assert time.monotonic() - begun > 0.1
+        opener.join()
         repo.limit_async(in_flight=10, staged_bytes=0)
         for step in (4, 5):
             pending.append(repo.save_async(state, step=step))
