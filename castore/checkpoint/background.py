@@ -11,7 +11,7 @@ Invariants:
 2. Saves of one handle are committed in the order of the calls. One that fails leaves the branch where it was, and the
    next continues from there.
 3. An error is raised exactly once: by `result()` if somebody asks there first, else by the next save or by `close`;
-   when there are several by then, with the first.
+   when there are several by then, with the first. Where nobody can ask any more, it is written to stderr.
 4. "Done" is said only of what is durable. The interpreter waits for it before it exits; SIGKILL loses what was queued.
 5. Only so many saves and bytes wait at a time; over that, save_async waits, and says so once.
 """
@@ -56,10 +56,15 @@ class PendingSave:
         self._finished = threading.Event()
         self._staged_bytes = staged_bytes
         self._step = step
+        self._pid = os.getpid()
         self._snapshot: Snapshot | None = None
         self._error: BaseException | None = None
         self._raised = False
         self._progress = SaveProgress(0, 0)
+
+    def __del__(self) -> None:
+        if self._error is not None and not self._raised and self._pid == os.getpid():
+            _report(self._error)
 
     def done(self) -> bool:
         """Whether it is over: durable, or failed."""
@@ -236,6 +241,13 @@ def _yield_to_training() -> None:
             os.setpriority(os.PRIO_PROCESS, thread_id, os.getpriority(os.PRIO_PROCESS, thread_id) + ASYNC_NICENESS)
 
 
+def _report(error: BaseException) -> None:
+    """Tell of an error where nobody is left to raise it to."""
+    with suppress(Exception):
+        text = "".join(traceback.format_exception(error))
+        sys.stderr.write(f"a background save failed and nobody asked for its result:\n{text}")
+
+
 def wait_at_exit(saver: BackgroundSaver) -> None:
     """Let the interpreter wait for durability before it shuts its thread pools down, and report what failed then."""
     alive = weakref.ref(saver)
@@ -247,9 +259,8 @@ def wait_at_exit(saver: BackgroundSaver) -> None:
         saver.wait()
         try:
             saver.raise_failure()
-        except BaseException:  # noqa: BLE001  an error here would end the waiting for other handles
-            with suppress(Exception):
-                sys.stderr.write(f"a background save failed and nobody asked for its result:\n{traceback.format_exc()}")
+        except BaseException as error:  # noqa: BLE001  an error here would end the waiting for other handles
+            _report(error)
 
     # concurrent.futures stops its pools in the same way, and callbacks run last registered first: ours comes before.
     register = getattr(threading, "_register_atexit", None)
