@@ -187,28 +187,28 @@ class Repository:
         interpreter waits for them at its exit. Blocks beyond the copy only while too many saves are waiting
         (`limit_async`), with one SlowSaveWarning.
 
-        An error of an earlier save that nobody has asked for is raised here, before anything is done; else as `save`.
+        An error of an earlier save that nobody has asked for is raised here, before anything is done; else as `save`,
+        a state that cannot be saved being refused when there is room for it.
         `result()` raises what the save raised, or WorkerError when the worker process was killed: that save is lost,
         unless a note says that the branch has moved, and the next one starts another worker.
         """
         from castore.checkpoint.request import SaveRequest, check_request
         from castore.checkpoint.stage import stage, staged_bytes
-        from castore.tensors import find_arrays, flatten, pinned_slab
+        from castore.tensors import flatten, glance, pinned_slab
 
         request = check_request(
             SaveRequest(branch, step, metrics or {}, metadata or {}, message, tags, parent, allow_pickle)
         )
         saver = self._background()
         saver.raise_failure()
-        known = find_arrays(state)
-        arrays = known.values()
-        take_apart = partial(flatten, state, allow_pickle=allow_pickle, known=known)
-        pending = saver.reserve(staged_bytes(arrays), request.step)
+        seen = glance(state)
+        take_apart = partial(flatten, state, allow_pickle=allow_pickle, known=seen.arrays)
+        pending = saver.reserve(staged_bytes(seen), request.step)
         try:
             if self._worker is not None:
-                staged = self._worker.stage(arrays, take_apart)
+                staged = self._worker.stage(seen, take_apart)
             else:
-                staged = stage(arrays, take_apart, self._handle.pool, self._handle.pinned_pool(pinned_slab))
+                staged = stage(seen, take_apart, self._handle.pool, self._handle.pinned_pool(pinned_slab))
             saver.submit(pending, staged, request)
         except BaseException:
             saver.cancel(pending)

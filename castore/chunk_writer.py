@@ -103,8 +103,8 @@ class ChunkWriter:
         may_order: bool = False,
         keep_base: KeepBase | None = None,
     ) -> None:
-        """`may_order` allows for records of codec 18. `keep_base` gets every chunk that later ones may rest on, from
-        an encoding thread.
+        """`may_order` allows for records of codec 18. `keep_base` gets every chunk that later ones may rest on, where
+        it is encoded.
         """
         self._backend = backend
         self._hasher = hasher
@@ -132,7 +132,7 @@ class ChunkWriter:
         base: BaseSource | None = None,
         masters: Sequence[MasterSource] = (),
     ) -> None:
-        """Schedule one chunk; `read` is called from another thread. Blocks while the queue is full.
+        """Schedule one chunk; `read` is called here or from another thread. Blocks while the queue is full.
 
         Where it is the rounding of one of `masters`, it is stored as that; else as what is shortest.
         """
@@ -142,8 +142,8 @@ class ChunkWriter:
     def put_coded(
         self, chunk_id: ChunkId, encode: Callable[[], Coded | None], *, raw_bytes: int, kind: RecordKind
     ) -> None:
-        """Schedule one chunk whose encoding is the caller's: `encode` is called from another thread and proves what it
-        gives; with None nothing is written. Blocks while the queue is full.
+        """Schedule one chunk whose encoding is the caller's: `encode` is called here or from another thread and proves
+        what it gives; with None nothing is written. Blocks while the queue is full.
         """
         self._batch.append(_Job(chunk_id, kind, raw_bytes, encode))
         self._batch_bytes += raw_bytes
@@ -247,8 +247,10 @@ class ChunkWriter:
             self._append_next()
 
     def _append_next(self) -> None:
-        pending = self._pending.popleft()
-        for job, coded in zip(pending.jobs, pending.coded.result(), strict=True):
+        # Nothing here holds the future on: its error would hold this frame, and with it the state, in a cycle.
+        jobs, results = self._pending[0].jobs, self._pending[0].coded.result()
+        self._pending.popleft()
+        for job, coded in zip(jobs, results, strict=True):
             if coded is not None:
                 self._append(job, coded)
 

@@ -1,7 +1,7 @@
 """Save behind the training step: stage in the caller's thread, write in one of our own.
 
-    save_async:  flatten ─ stage (a memory copy) ─▶ queue ─▶ returns
-    the saver:                                       queue ─▶ hash, encode, write, commit ─▶ PendingSave is done
+    save_async:  stage (a memory copy) beside flatten ─▶ queue ─▶ returns
+    the saver:                                           queue ─▶ hash, encode, write, commit ─▶ PendingSave is done
 
 With a worker process (worker.py) the saver hands each save on and waits for it; all else is the same.
 
@@ -11,17 +11,18 @@ Invariants:
 2. Saves of one handle are committed in the order of the calls. One that fails leaves the branch where it was, and the
    next continues from there.
 3. An error is raised exactly once: by `result()` if somebody asks there first, else by the next save or by `close`;
-   when there are several by then, with the first. Where nobody can ask any more, it is written to stderr.
+   when there are several by then, with the first. Where nobody can ask any more, the logger
+   "castore" has it.
 4. "Done" is said only of what is durable. The interpreter waits for it before it exits; SIGKILL loses what was queued.
 5. Only so many saves and bytes wait at a time; over that, save_async waits, and says so once.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
-import traceback
 import warnings
 import weakref
 from collections import deque
@@ -35,6 +36,8 @@ from castore.checkpoint.stage import StagedState
 from castore.errors import SlowSaveWarning
 from castore.options import ASYNC_IN_FLIGHT_MAX, ASYNC_NICENESS, STAGED_BUDGET_SHARE
 from castore.snapshots import Snapshot
+
+_log = logging.getLogger("castore")
 
 Carry = Callable[[StagedState, SaveRequest, Callable[[int, int], None]], Snapshot]
 """Carries out one save of a staged state."""
@@ -144,6 +147,7 @@ class BackgroundSaver:
                 self._thread = thread
             self._reserved.remove(pending)
             pending._staged_bytes = staged.held_bytes
+            self._changed.notify_all()  # it may be less than was reserved
             self._queue.append((pending, staged, request))
 
     def cancel(self, pending: PendingSave) -> None:
@@ -242,10 +246,9 @@ def _yield_to_training() -> None:
 
 
 def _report(error: BaseException) -> None:
-    """Tell of an error where nobody is left to raise it to."""
+    """Tell of an error where nobody is left to raise it to: on stderr, unless the program has other plans for logs."""
     with suppress(Exception):
-        text = "".join(traceback.format_exception(error))
-        sys.stderr.write(f"a background save failed and nobody asked for its result:\n{text}")
+        _log.error("a background save failed and nobody asked for its result:", exc_info=error)
 
 
 def wait_at_exit(saver: BackgroundSaver) -> None:

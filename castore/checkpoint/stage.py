@@ -14,7 +14,7 @@ from itertools import count
 from castore.checkpoint.plan import grid
 from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy, copy_bytes
 from castore.options import GRID_BYTES
-from castore.tensors import Array, ArrayPayload, DeviceCopies, FlatState, HostCopies, Payload, Piece
+from castore.tensors import Array, ArrayPayload, DeviceCopies, FlatState, Glance, HostCopies, Payload, Piece
 
 
 @dataclass(slots=True)
@@ -44,30 +44,31 @@ class StagedState:
     """Give the memory back to the pool; call once, when the save is over."""
 
 
-def staged_bytes(arrays: Iterable[Array]) -> int:
-    """Host memory that the copies of a state with these arrays will take: whole slots."""
-    lengths: tuple[list[int], list[int]] = [], []
-    for array in {array.key: array for array in arrays}.values():
+def staged_bytes(seen: Glance) -> int:
+    """Host memory that the copies of a state will take, whole slots: exactly for arrays of their own, about as much
+    for views that share memory.
+    """
+    lengths: tuple[list[int], list[int]] = [seen.text_bytes], []
+    for array in {array.key: array for array in seen.arrays.values()}.values():
         lengths[_is_copied_by_device(array)].append(array.raw_bytes)
     return GRID_BYTES * sum(map(_slot_count, lengths))
 
 
-def stage(
-    arrays: Iterable[Array], take_apart: Callable[[], FlatState], pool: BufferPool, pinned: BufferPool
-) -> StagedState:
-    """Copy every payload of the state that `take_apart` gives; those of `arrays` that lie plainly in host memory are
-    being copied while it does. Returns when the last byte has arrived. Raises what `take_apart` raises.
+def stage(seen: Glance, take_apart: Callable[[], FlatState], pool: BufferPool, pinned: BufferPool) -> StagedState:
+    """Copy every payload of the state that `take_apart` gives; what has been seen and lies plainly in host memory is
+    being copied while it does. Returns when the last byte has arrived. Raises what `take_apart` raises, and
+    MemoryError.
     """
     copies = _Copies(pool, pinned)
     try:
-        copies.begin(arrays)
+        copies.begin(seen.arrays.values())
         flat = take_apart()
         staged = tuple(None if payload is None else copies.of(payload) for payload in flat.payloads)
+        copies.wait()
     except BaseException:
         copies.wait()  # nobody may take a slot that is still being written to
         copies.release()
         raise
-    copies.wait()
     return StagedState(FlatState(flat.entries, staged), copies.held_bytes, copies.release)
 
 

@@ -1,6 +1,6 @@
 """Save in a worker process, which shares no interpreter lock with the training and may stand back as far as is wanted.
 
-    save_async:  flatten ─ stage (into shared memory) ─▶ queue          as with the thread (background.py)
+    save_async:  stage, flatten (into shared memory) ─▶ queue          as with the thread (background.py)
     the saver:                              queue ─▶ Job ─▶ the worker: hash, encode, write, commit
                                             ◀─ heads, progress, warnings, the snapshot or the error
 
@@ -26,7 +26,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.spawn import get_executable
@@ -54,7 +54,7 @@ from castore.options import WORKER_NICENESS
 from castore.refs import read_branch, ref_text
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
-from castore.tensors import Array, FlatState
+from castore.tensors import FlatState, Glance
 
 _START_S = 120.0
 """A worker that has not answered by then is something else: it starts in less than a second."""
@@ -74,7 +74,7 @@ class SaveWorker:
         self._pools: tuple[BufferPool, BufferPool] | None = None
         self._process: _Process | None = None
 
-    def stage(self, arrays: Iterable[Array], take_apart: Callable[[], FlatState]) -> StagedState:
+    def stage(self, seen: Glance, take_apart: Callable[[], FlatState]) -> StagedState:
         """Copy a state into shared memory (stage.py), pinned where it comes from a device. One at a time: `close` waits
         for it, so that no device writes to memory that is no longer locked.
 
@@ -84,7 +84,7 @@ class SaveWorker:
             if self._pools is None:
                 self._region = create_region()
                 self._pools = BufferPool(self._region.make_slab), BufferPool(self._region.make_pinned_slab)
-            return stage(arrays, take_apart, *self._pools)
+            return stage(seen, take_apart, *self._pools)
 
     def save(self, staged: StagedState, request: SaveRequest, progress: Callable[[int, int], None]) -> Snapshot:
         """Carry out one save; blocks until it is durable. Its leaves cannot be read.

@@ -32,6 +32,7 @@ _ESCAPE = re.compile(r"[\x00-\x1f\x7f%/*?\[\]\ud800-\udfff]")
 _INTEGER_KEY_END = 10**1000
 """Python refuses to read integers of some thousands of digits, so such keys are refused when they are written."""
 _INTEGER = re.compile(r"(0|-?[1-9][0-9]*)\Z")
+_CACHED_KEY_MAX = 100
 _CLASS_ITEM = re.compile(r"(.)(?:-(.))?", re.DOTALL)
 _ENCODED_SURROGATE = re.compile(r"%u([0-9A-F]{4})")
 
@@ -41,7 +42,7 @@ Key = Hashable
 def encode_key(key: Key, *, parent: str = "") -> str:
     """One path component for a dict key; `parent` is for the message of UnsupportedLeafError."""
     if type(key) is str:
-        return _encode_text(key)
+        return _encode_text(key) if len(key) <= _CACHED_KEY_MAX else _encode_text.__wrapped__(key)
     if type(key) is bool:
         return "~b:true" if key else "~b:false"
     if type(key) is int:
@@ -63,7 +64,7 @@ def encode_key(key: Key, *, parent: str = "") -> str:
     )
 
 
-@lru_cache(maxsize=64 * 1024)
+@lru_cache(maxsize=16 * 1024)
 def _encode_text(key: str) -> str:
     text = _escape(key)
     reserved = not key or key.startswith("~") or _INTEGER.match(key) is not None

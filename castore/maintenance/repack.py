@@ -187,7 +187,7 @@ class _Repack:
         return sealed
 
     def _encode(self, rewrite: Rewrite, *, flatten: bool) -> Coded | None:
-        """The new record; None when it would not be shorter or is needed no more. Called by encoding threads."""
+        """The new record; None when it would not be shorter or is needed no more. Called by any thread."""
         store, location = self._handle.store, rewrite.location[0]
         row = location.row
         raw = bytearray(rewrite.raw_bytes)

@@ -11,7 +11,7 @@ into   match(flatten(live), entries) → Match: fill its pairs through live_targ
 
 from castore.tensors.arrays import Array
 from castore.tensors.flatten import FlatState, flatten
-from castore.tensors.glance import KnownArrays, find_arrays
+from castore.tensors.glance import Glance, glance
 from castore.tensors.mapped import adopt, can_adopt
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
 from castore.tensors.payloads import ArrayPayload, Payload
@@ -26,8 +26,8 @@ __all__ = [
     "ArrayPayload",
     "DeviceCopies",
     "FlatState",
+    "Glance",
     "HostCopies",
-    "KnownArrays",
     "Match",
     "Pair",
     "Payload",
@@ -39,8 +39,8 @@ __all__ = [
     "assign_scalars",
     "can_adopt",
     "decode_value",
-    "find_arrays",
     "flatten",
+    "glance",
     "live_target",
     "make_view",
     "match",

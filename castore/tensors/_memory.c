@@ -3,13 +3,16 @@
  *     start(pieces, helpers) -> copying      begins to copy in so many threads and returns. pieces: a tuple of (target,
  *                                            address): a writable buffer of bytes, and where as many bytes lie, which the
  *                                            caller keeps alive until
- *     finish(copying)                        which takes part, and returns when all is there. Once is enough
+ *     finish(copying)                        which takes part, and returns when all is there; called by one thread
  *
  * What is copied is larger than any cache, and is not read again at once. Stores that go around the caches ("non-temporal")
  * spare the processor reading every line of the target before it is overwritten, a third of the traffic: they take half the
  * time of memcpy, which uses them only for single pieces of several megabytes.
  *
- * Where the system gives no threads, `finish` does it all. Without it, the end of `copying` waits.
+ * Where the system gives no threads, `finish` does it all; in a forked child too. Where `copying` is dropped without it, what has
+ * been begun is waited for, and the rest is left out.
+ *
+ * Other processors than x86-64 copy with memcpy.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000
@@ -17,6 +20,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -77,13 +81,16 @@ struct copying {
     Py_buffer *views;
     struct piece *pieces;
     int started;
+    pid_t pid;
     pthread_t helpers[HELPERS_MAX];
 };
 
-/* Takes part until all is copied, and lets go of the memory; needs no GIL but for the views. */
-static void wait_for(struct copying *copying)
+/* Takes part until all is copied, or only waits for what has been begun. A forked child has none of its parent's threads. */
+static void wait_for(struct copying *copying, int take_part)
 {
-    copy_pieces(&copying->work);
+    if (copying->pid != getpid()) copying->started = 0, copying->work.next = 0;
+    if (take_part) copy_pieces(&copying->work);
+    else __atomic_store_n(&copying->work.next, copying->work.count, __ATOMIC_RELAXED);
     while (copying->started > 0) pthread_join(copying->helpers[--copying->started], NULL);
 }
 
@@ -99,7 +106,7 @@ static void capsule_ends(PyObject *capsule)
 {
     struct copying *copying = PyCapsule_GetPointer(capsule, NAME);
     if (PyCapsule_GetContext(capsule) == NULL) {
-        wait_for(copying);
+        wait_for(copying, 0); /* the caller has given up: the sources may be gone already */
         let_go(copying);
     }
 }
@@ -125,7 +132,9 @@ static PyObject *memory_start(PyObject *module, PyObject *args)
         PyObject *target;
         unsigned long long address;
         Py_buffer *view = &copying->views[copying->held];
-        if (!PyArg_ParseTuple(PyTuple_GetItem(tuple, copying->held), "OK", &target, &address) ||
+        PyObject *piece = PyTuple_GetItem(tuple, copying->held);
+        if (!PyTuple_Check(piece)) PyErr_SetString(PyExc_TypeError, "a piece is a tuple of target and address");
+        if (!PyTuple_Check(piece) || !PyArg_ParseTuple(piece, "OK", &target, &address) ||
             PyObject_GetBuffer(target, view, PyBUF_WRITABLE) < 0) {
             let_go(copying);
             return NULL;
@@ -138,6 +147,7 @@ static PyObject *memory_start(PyObject *module, PyObject *args)
         return NULL;
     }
     copying->work = (struct work){copying->pieces, count, 0};
+    copying->pid = getpid();
     while (copying->started < helpers &&
            pthread_create(&copying->helpers[copying->started], NULL, copy_pieces, &copying->work) == 0)
         copying->started++;
@@ -153,7 +163,7 @@ static PyObject *memory_finish(PyObject *module, PyObject *capsule)
         /* The caller keeps the capsule; what it names is gone from here on. */
         if (PyCapsule_SetContext(capsule, capsule) < 0) return NULL;
         Py_BEGIN_ALLOW_THREADS
-        wait_for(copying);
+        wait_for(copying, 1);
         Py_END_ALLOW_THREADS
         let_go(copying);
     }

@@ -8,12 +8,14 @@ filled without running its constructor, so a manifest from a stranger can neithe
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from castore.errors import FormatError, UnknownClassError, UnsupportedLeafError
 from castore.format.manifest import Entry, Kind
+from castore.tensors.lazy import loaded_torch
 
 _HEAP_TYPE = 1 << 9
 """CPython's flag of classes that a class statement made; the first base without it decides the memory layout.
@@ -34,6 +36,14 @@ def is_namedtuple(value: object) -> bool:
 def is_dataclass(value: object) -> bool:
     """Whether the value is an instance, not the class itself, of a dataclass that stands on plain objects."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type) and _is_plain_dataclass(type(value))
+
+
+def is_record(value: object) -> bool:
+    """Whether the value is a namedtuple or a dataclass that is taken apart: no member of an enumeration, no module."""
+    if not (is_namedtuple(value) or is_dataclass(value)) or isinstance(value, enum.Enum):
+        return False
+    torch = loaded_torch()
+    return torch is None or not isinstance(value, torch.nn.Module)
 
 
 def namedtuple_fields(value: Any, path: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ The state is read, never changed. Nothing here reads the bytes of arrays.
 
 from __future__ import annotations
 
-import enum
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -43,12 +42,12 @@ from castore.tensors.arrays import CPU, Array, numpy_array, torch_array
 from castore.tensors.classes import (
     class_name,
     dataclass_fields,
-    is_dataclass,
     is_namedtuple,
+    is_record,
     namedtuple_fields,
 )
 from castore.tensors.composites import Composite, take_apart
-from castore.tensors.glance import KnownArrays, is_plain
+from castore.tensors.glance import is_plain
 from castore.tensors.lazy import loaded_torch
 from castore.tensors.payloads import ArrayPayload, HullPayload, Payload
 from castore.tensors.scalars import Encoded, encode_pickle, encode_value, opaque_value
@@ -70,7 +69,7 @@ class FlatState:
 
 
 def flatten(
-    state: Any, *, allow_pickle: bool = False, is_target: bool = False, known: KnownArrays | None = None
+    state: Any, *, allow_pickle: bool = False, is_target: bool = False, known: Mapping[int, Array] | None = None
 ) -> FlatState:
     """Take a state apart. Copies no array; the payloads keep the state's values alive and read their memory
     later.
@@ -78,7 +77,7 @@ def flatten(
     Raises UnsupportedLeafError, which names the path, for a value without a typed encoding
     (`allow_pickle=True` pickles it instead), and UsageError for containers that hold themselves or are nested
     deeper than SKELETON_DEPTH_MAX. `is_target` describes a state that is to be loaded into: what has no typed encoding
-    is named and never pickled. `known` spares looking again at what `find_arrays` has found.
+    is named and never pickled. `known` are the arrays that a first look has found (glance.py).
     """
     walk = _Walk(allow_pickle=allow_pickle, is_target=is_target, known=known or {})
     walk.visit(state, "")
@@ -88,7 +87,7 @@ def flatten(
 class _Walk:
     """The entries of a state so far."""
 
-    def __init__(self, *, allow_pickle: bool, is_target: bool, known: KnownArrays) -> None:
+    def __init__(self, *, allow_pickle: bool, is_target: bool, known: Mapping[int, Array]) -> None:
         self.allow_pickle = allow_pickle
         self.is_target = is_target
         self.known = known
@@ -186,8 +185,7 @@ def _examine(value: Any, path: str) -> Encoded | Array | Composite | None:
         return None
     if kind is np.ndarray or kind is np.memmap:
         return numpy_array(value, path)
-    is_module = torch is not None and isinstance(value, torch.nn.Module)
-    if is_module or isinstance(value, enum.Enum) or not (is_namedtuple(value) or is_dataclass(value)):
+    if not is_record(value):
         from castore.tensors.unsupported import unsupported  # names classes of numpy that take 0.1 s to import
 
         raise unsupported(value, path)

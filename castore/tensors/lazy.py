@@ -17,7 +17,7 @@ def loaded_torch() -> ModuleType | None:
     """The torch module if this process has imported it, else None."""
     torch = sys.modules.get("torch")
     # Another thread may be in the middle of the import: then no tensor of this state exists yet either.
-    return torch if torch is not None and hasattr(torch, "Tensor") else None
+    return torch if torch is not None and hasattr(torch, "Tensor") and hasattr(torch, "nn") else None
 
 
 def require_torch(why: str) -> ModuleType:

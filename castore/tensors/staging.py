@@ -71,7 +71,7 @@ class HostCopies:
         self._finish: list[Callable[[], None]] = []
 
     def start(self, pieces: Sequence[Piece]) -> None:
-        """Begin to fill all of them, in as many threads as cores; where no compiler was at hand, do it now."""
+        """Begin to fill all of them, in threads; where no compiler was at hand, do it now."""
         if _memory is not None:
             self._finish.append(partial(_memory.finish, _memory.start(tuple(pieces), max(1, worker_count() - 1))))
             return

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -43,6 +44,14 @@ def save_async(repo: Repository, state: State) -> None:
     repo.wait()
 
 
+def save_and_fail_to_encode(repo: Repository, state: State) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StorageError("no such thing")
+
+    with mock.patch("castore.chunk_writer.encode_chunk", fail), suppress(CastoreError):
+        repo.save(state, step=7)
+
+
 def save_and_fail(repo: Repository, state: State) -> None:
     backend = repo.handle.backend
     assert isinstance(backend, HookedBackend)
@@ -61,7 +70,7 @@ def load_into(repo: Repository, state: State) -> None:
     repo.load("main", into=state)
 
 
-@pytest.mark.parametrize("use", [save, save_async, save_and_fail, load_into])
+@pytest.mark.parametrize("use", [save, save_async, save_and_fail, save_and_fail_to_encode, load_into])
 def test_a_state_is_let_go_of_at_once(use: Callable[[Repository, State], None]) -> None:
     repo = open_on(HookedBackend(create_on(MemoryBackend()).handle.backend))
     for step in range(3):

@@ -12,7 +12,7 @@ from castore.checkpoint.stage import stage, staged_bytes
 from castore.errors import UnsupportedLeafError
 from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
 from castore.options import GRID_BYTES
-from castore.tensors import find_arrays, flatten
+from castore.tensors import Glance, HostCopies, flatten, glance
 
 
 class CountingPool(BufferPool):
@@ -58,9 +58,9 @@ def test_copies_are_right_and_occupy_what_is_said_before() -> None:
     pool, pinned = CountingPool(), CountingPool()
     for state in states():
         flat = flatten(state)
-        arrays = find_arrays(state).values()
-        staged = stage(arrays, lambda flat=flat: flat, pool, pinned)
-        assert staged_bytes(arrays) == staged.held_bytes == pool.out * GRID_BYTES
+        seen = glance(state)
+        staged = stage(seen, lambda flat=flat: flat, pool, pinned)
+        assert staged_bytes(seen) == staged.held_bytes == pool.out * GRID_BYTES
         for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
             if live is None or copy is None:
                 assert live is copy
@@ -74,15 +74,15 @@ def test_copies_are_right_and_occupy_what_is_said_before() -> None:
 
 
 def test_small_leaves_share_slots() -> None:
-    arrays = find_arrays({str(number): np.full(70_000, number, np.uint8) for number in range(28)})
-    assert staged_bytes(arrays.values()) == 2 * GRID_BYTES
+    seen = glance({str(number): np.full(70_000, number, np.uint8) for number in range(28)})
+    assert staged_bytes(seen) == 2 * GRID_BYTES
 
 
 def test_what_the_first_look_does_not_find_is_staged_all_the_same() -> None:
     pool, pinned = CountingPool(), CountingPool()
     large = np.random.default_rng(0).integers(0, 256, 5 * GRID_BYTES // 2, np.uint8)
     flat = flatten({"large": large, "strided": large[::2], "text": "text " * GRID_BYTES})
-    staged = stage([], lambda: flat, pool, pinned)
+    staged = stage(Glance(), lambda: flat, pool, pinned)
     for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
         for start in range(0, live.raw_bytes if live is not None else 0, GRID_BYTES):
             assert live is not None
@@ -98,8 +98,7 @@ def test_one_piece_of_memory_is_copied_once() -> None:
     pool, pinned = CountingPool(), CountingPool()
     tied = torch.zeros(GRID_BYTES // 4)
     state = {"first": tied, "again": tied, "another object": tied.detach(), "same bytes": tied.view(torch.int32)}
-    arrays = find_arrays(state).values()
-    stage(arrays, lambda: flatten({"first": tied}), pool, pinned)
+    stage(glance(state), lambda: flatten({"first": tied}), pool, pinned)
     assert pool.out == 1
 
 
@@ -107,5 +106,24 @@ def test_a_state_that_is_refused_leaves_no_slot_behind() -> None:
     pool, pinned = CountingPool(), CountingPool()
     state = {"fine": np.zeros(5 * GRID_BYTES, np.uint8), "what": object()}
     with pytest.raises(UnsupportedLeafError, match="what"):
-        stage(find_arrays(state).values(), lambda: flatten(state), pool, pinned)
+        stage(glance(state), lambda: flatten(state), pool, pinned)
+    assert pool.out == pinned.out == 0
+
+
+def test_ctrl_c_in_the_middle_of_the_copy_leaves_no_slot_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    state = {"w": np.zeros(5 * GRID_BYTES, np.uint8)}
+    inner = HostCopies.wait
+    struck = False
+
+    def wait(copies: HostCopies) -> None:
+        nonlocal struck
+        inner(copies)
+        if not struck:
+            struck = True
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HostCopies, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        stage(glance(state), lambda: flatten(state), pool, pinned)
     assert pool.out == pinned.out == 0

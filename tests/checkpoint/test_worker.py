@@ -29,7 +29,7 @@ from castore.backend import LocalBackend, MemoryBackend
 from castore.checkpoint import worker
 from castore.errors import ConflictError, RefExistsError, StorageError, UsageError, WorkerError
 from castore.repository import Handle
-from castore.tensors import flatten
+from castore.tensors import flatten, glance
 from tests.checkpoint.killing import until
 from tests.checkpoint.repositories import create_on, held_leases
 from tests.checkpoint.states import assert_same
@@ -811,7 +811,7 @@ def test_close_waits_for_what_is_being_staged(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(worker, "stage", slow)
     save_worker = worker.SaveWorker(handle)
-    stager = threading.Thread(target=save_worker.stage, args=((), partial(flatten, dense(0))))
+    stager = threading.Thread(target=save_worker.stage, args=(glance(dense(0)), partial(flatten, dense(0))))
     closer = threading.Thread(target=save_worker.close)
     stager.start()
     assert begun.wait(WAIT_S)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -85,14 +87,32 @@ def test_any_number_of_helpers(helpers: int, count: int) -> None:
     targets = [np.zeros_like(source) for _ in range(count)]
     copying = staging._memory.start(tuple((target.data, address_of(source)) for target in targets), helpers)
     staging._memory.finish(copying)
-    staging._memory.finish(copying)  # once is enough, twice does no harm
+    staging._memory.finish(copying)  # a second time does nothing
     assert all(np.array_equal(target, source) for target in targets)
 
 
 @pytest.mark.skipif(not COMPILED, reason="installed without a compiler")
-def test_what_is_dropped_unfinished_is_waited_for() -> None:
-    source, target = np.ones(32 * MIB, np.uint8), np.zeros(32 * MIB, np.uint8)
-    staging._memory.start(((target.data, address_of(source)),), 1)
+def test_what_is_dropped_unfinished_is_not_written_to_any_more() -> None:
+    source, target = np.ones(64 * MIB, np.uint8), np.zeros(64 * MIB, np.uint8)
+    pieces = tuple((target.data[at : at + MIB], address_of(source) + at) for at in range(0, len(source), MIB))
+    staging._memory.start(pieces, 1)
+    target[:] = 7
+    time.sleep(0.02)
+    assert np.all(target == 7)
+
+
+@pytest.mark.skipif(not COMPILED, reason="installed without a compiler")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_finishes_without_its_parents_threads() -> None:
+    source, target = np.ones(64 * MIB, np.uint8), np.zeros(64 * MIB, np.uint8)
+    pieces = tuple((target.data[at : at + MIB], address_of(source) + at) for at in range(0, len(source), MIB))
+    copying = staging._memory.start(pieces, 2)
+    child = os.fork()
+    if child == 0:
+        staging._memory.finish(copying)
+        os._exit(0 if target.all() else 1)
+    staging._memory.finish(copying)
+    assert os.waitpid(child, 0)[1] == 0
     assert target.all()
 
 
@@ -105,6 +125,8 @@ def test_what_is_wrong_is_said_before_anything_is_copied() -> None:
         staging._memory.start((good, (read_only, address_of(source))), 1)
     with pytest.raises(TypeError):
         staging._memory.start((good, (target.data, "here")), 1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        staging._memory.start((good, 5), 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         staging._memory.start([good], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="helpers"):
