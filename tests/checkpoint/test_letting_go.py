@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 
 from castore.api import Repository
 from castore.backend import MemoryBackend
+from castore.codec.chooser import Encoded, encode_chunk
 from castore.errors import CastoreError, StorageError
 from tests.checkpoint.repositories import HookedBackend, create_on, open_on
 from tests.checkpoint.states import State
@@ -45,8 +48,12 @@ def save_async(repo: Repository, state: State) -> None:
 
 
 def save_and_fail_to_encode(repo: Repository, state: State) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise StorageError("no such thing")
+    """In a thread: an error inline would come first, and hold no future."""
+
+    def fail(*arguments: Any, **options: Any) -> Encoded:
+        if threading.current_thread().name.startswith("castore-encode"):
+            raise StorageError("no such thing")
+        return encode_chunk(*arguments, **options)
 
     with mock.patch("castore.chunk_writer.encode_chunk", fail), suppress(CastoreError):
         repo.save(state, step=7)
