@@ -5,6 +5,7 @@ CASTORE_TEST_PROFILE=thorough runs ten times the examples of the hypothesis test
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,11 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("CASTORE_TEST_PROFILE", "default"))
+
+
+def pytest_sessionfinish() -> None:
+    """Saves that died with their simulated process are never asked for their errors: not to be told of at the end."""
+    logging.getLogger("castore").addHandler(logging.NullHandler())
 
 
 @pytest.fixture(autouse=True)
