@@ -360,16 +360,20 @@ class _Fetch:
                 f"leaves: {some(missing, count=_SHOWN_PATHS_MAX)}; run `castore verify`, or load the "
                 "other leaves with paths="
             )
-            error = _gone_or(self._handle, self._snapshot_id, error)
-            if not isinstance(error, SnapshotGoneError):  # thinned and collected since the look at the beginning?
+            if not isinstance(
+                _gone_or(self._handle, self._snapshot_id, error), SnapshotGoneError
+            ):  # thinned and collected since the look at the beginning?
                 entries = read_entries(self._handle, self._snapshot_id, self._request.paths)
                 refuse_dropped(self._handle.backend, self._snapshot_id, entries, missing)
             raise self._explained(error)
         return [wanted.job(key, locations[key]) for wanted, key in zip(self._wanted, ids, strict=True)]
 
     def _explained(self, error: CastoreError) -> CastoreError:
-        """The error that a repair's mark explains, else the given one."""
+        """The error that a collection meanwhile or a repair's mark explains, else the given one."""
         if not isinstance(error, ChunkMissingError) or isinstance(error, SnapshotGoneError | LostLeavesError):
+            return error
+        error = _gone_or(self._handle, self._snapshot_id, error)
+        if isinstance(error, SnapshotGoneError):
             return error
         try:
             entries = read_entries(self._handle, self._snapshot_id, self._request.paths)

@@ -557,8 +557,12 @@ def test_a_missing_pack_is_named_with_the_leaves_that_it_takes(repo: Repository)
 
 
 def test_a_snapshot_that_is_collected_while_it_is_read_is_gone_not_damaged(repo: Repository) -> None:
-    state = {"a": noise(0, 3000), "b": noise(1, 3000)}
+    """In several packs: what is open already can be read to its end."""
+    state = {"a": noise(0, 3000), "b": noise(1, 3000), "c": noise(2, 3000)}
+    repo.save({"a": state["a"]})
+    repo.save({"a": state["a"], "b": state["b"]})
     orphan = repo.save(state).id
+    assert len(packs_of(repo)) == 3
     backend = repo.handle.backend
     calls = HookedBackend(copied(backend))
     open_on(calls).load(orphan)
