@@ -11,8 +11,7 @@ Invariants:
 2. Saves of one handle are committed in the order of the calls. One that fails leaves the branch where it was, and the
    next continues from there.
 3. An error is raised exactly once: by `result()` if somebody asks there first, else by the next save or by `close`;
-   when there are several by then, with the first. Where nobody can ask any more, the logger
-   "castore" has it.
+   when there are several by then, with the first. Where nobody can ask any more, the logger "castore" has it.
 4. "Done" is said only of what is durable. The interpreter waits for it before it exits; SIGKILL loses what was queued.
 5. Only so many saves and bytes wait at a time; over that, save_async waits, and says so once.
 """

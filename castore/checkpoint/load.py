@@ -360,9 +360,8 @@ class _Fetch:
                 f"leaves: {some(missing, count=_SHOWN_PATHS_MAX)}; run `castore verify`, or load the "
                 "other leaves with paths="
             )
-            if not isinstance(
-                _gone_or(self._handle, self._snapshot_id, error), SnapshotGoneError
-            ):  # thinned and collected since the look at the beginning?
+            error = _gone_or(self._handle, self._snapshot_id, error)
+            if not isinstance(error, SnapshotGoneError):  # thinned and collected since the look at the beginning?
                 entries = read_entries(self._handle, self._snapshot_id, self._request.paths)
                 refuse_dropped(self._handle.backend, self._snapshot_id, entries, missing)
             raise self._explained(error)

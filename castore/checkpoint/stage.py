@@ -19,7 +19,7 @@ from castore.tensors import Array, ArrayPayload, DeviceCopies, FlatState, Glance
 
 @dataclass(slots=True)
 class StagedPayload:
-    """The bytes of one leaf in host memory, one view for each chunk of the grid."""
+    """The bytes of one leaf in host memory, one view for each chunk of the grid. Not frozen, for what that costs."""
 
     raw_bytes: int
     item_bytes: int
