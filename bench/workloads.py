@@ -116,6 +116,7 @@ class Probe:
             self.contestant.wait()
 
         measure.warm_memory(self.warm_bytes)
+        measure.wake()
         with measure.PeakMemory() as memory:
             durable_s = measure.timed(save_and_wait)
         return Save(

@@ -795,7 +795,7 @@ class Repository:
             if self._worker is not None:
                 snapshot = self._worker.save(staged, request, progress)
             else:
-                snapshot = save_flat(self._handle, staged.flat, request, progress=progress)
+                snapshot = save_flat(self._handle, staged.flatten(), request, progress=progress)
             self._apply_policy_when_due(snapshot)
             return self._bound(snapshot)
 

@@ -22,9 +22,9 @@ SLOT_BYTES_MIN = GRID_BYTES // 2
 """Below this a slot would waste more memory than it holds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HostCopy:
-    """A copy of one chunk."""
+    """A copy of one chunk. Not to be changed; making a frozen one takes three times as long."""
 
     view: memoryview
     slot: memoryview | None

@@ -54,7 +54,7 @@ from castore.options import WORKER_NICENESS
 from castore.refs import read_branch, ref_text
 from castore.repository import Handle
 from castore.snapshots import Snapshot, read_record
-from castore.tensors import FlatState, Glance
+from castore.tensors import BytesPayload, FlatState, Glance
 
 _START_S = 120.0
 """A worker that has not answered by then is something else: it starts in less than a second."""
@@ -125,10 +125,11 @@ class SaveWorker:
         region, handle = self._region, self._handle
         if region is None:
             raise WorkerError("the repository was closed by another thread while a save was waiting; save again")
-        payloads: list[PlacedPayload | None] = []
-        for payload in staged.flat.payloads:
-            if payload is None:
-                payloads.append(None)
+        flat = staged.flatten()
+        payloads: list[PlacedPayload | BytesPayload | None] = []
+        for payload in flat.payloads:
+            if payload is None or isinstance(payload, BytesPayload):
+                payloads.append(payload)
                 continue
             assert isinstance(payload, StagedPayload)
             offsets = tuple(map(region.offset_of, payload.chunks))
@@ -136,7 +137,7 @@ class SaveWorker:
         if request.parent is not None:
             request = replace(request, parent=ref_text(request.parent))  # a Snapshot reads its leaves through us
         return Job(
-            tuple(staged.flat.entries),
+            flat.entries,
             tuple(payloads),
             request,
             handle.seen_head(request.branch),

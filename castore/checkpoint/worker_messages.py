@@ -8,7 +8,7 @@
                      ◀──                       Saved or Failed               ends the job
 
 Messages are pickles: both ends run the same code as the same user, nobody else holds the sockets, and nothing of it
-reaches a disk. The bytes of a state do not pass here: they lie in shared memory, and a job names their places.
+reaches a disk. Arrays do not pass here: they lie in shared memory, and a job names their places. Numbers and texts do.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from castore.format.manifest import Entry
 from castore.ids import SnapshotId
 from castore.repository import Head
 from castore.snapshots import Snapshot
+from castore.tensors import BytesPayload
 
 _LENGTH = struct.Struct("<Q")
 SOFTWARE = software()
@@ -54,7 +55,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class PlacedPayload:
-    """A staged payload, by the place of each chunk in the shared region."""
+    """The staged payload of an array, by the place of each chunk in the shared region."""
 
     raw_bytes: int
     item_bytes: int
@@ -67,7 +68,7 @@ class Job:
     """One save."""
 
     entries: tuple[Entry, ...]
-    payloads: tuple[PlacedPayload | None, ...]
+    payloads: tuple[PlacedPayload | BytesPayload | None, ...]
     request: SaveRequest
     head: Head | None
     """Of the branch, as the process last saw it."""
@@ -150,7 +151,8 @@ class Channel:
         """Raises OSError when the other end is gone."""
         data = pickle.dumps(message, protocol=5)  # without the lock: what is pickled may warn, which sends too
         with self._sending:
-            self._end.sendall(_LENGTH.pack(len(data)) + data)
+            self._end.sendall(_LENGTH.pack(len(data)))
+            self._end.sendall(data)
 
     def receive(self) -> Any:
         """The next message; blocks.

@@ -50,7 +50,7 @@ from castore.errors import CastoreWarning, WorkerError
 from castore.ids import SnapshotId
 from castore.repository import Handle, Head
 from castore.snapshots import Leaf
-from castore.tensors import FlatState
+from castore.tensors import BytesPayload, FlatState, Payload
 
 _PROGRESS_EVERY_S = 0.1
 """Each message wakes a thread of the training process."""
@@ -87,14 +87,15 @@ class Worker:
     def _outcome(self, handle: _WorkerHandle, job: Job) -> Saved | Failed:
         try:
             handle.begin(job)
-            payloads = tuple(None if payload is None else self._staged(payload) for payload in job.payloads)
-            flat = FlatState(job.entries, payloads)
+            flat = FlatState(job.entries, tuple(map(self._staged, job.payloads)))
             snapshot = save_flat(handle, flat, job.request, progress=self._progress)
         except BaseException as error:  # noqa: BLE001  whatever it is, the caller must hear of it
             return failed(error)
         return Saved(replace(snapshot, _read_leaves=_no_leaves))
 
-    def _staged(self, payload: PlacedPayload) -> StagedPayload:
+    def _staged(self, payload: PlacedPayload | BytesPayload | None) -> Payload | None:
+        if not isinstance(payload, PlacedPayload):
+            return payload
         lengths = (stop - start for start, stop in grid(payload.raw_bytes))
         chunks = tuple(map(self._region.view, payload.offsets, lengths))
         return StagedPayload(payload.raw_bytes, payload.item_bytes, payload.is_float, chunks)

@@ -9,12 +9,13 @@ into   match(flatten(live), entries) → Match: fill its pairs through live_targ
        then assign(live, match, values)
 """
 
+from castore.tensors.aliases import share_elements
 from castore.tensors.arrays import Array
-from castore.tensors.flatten import FlatState, flatten
+from castore.tensors.flatten import FlatState, flatten, flatten_outline
 from castore.tensors.glance import Glance, glance
 from castore.tensors.mapped import adopt, can_adopt
 from castore.tensors.matching import Match, Pair, assign, assign_scalars, match
-from castore.tensors.payloads import ArrayPayload, Payload
+from castore.tensors.payloads import ArrayPayload, BytesPayload, Payload
 from castore.tensors.scalars import decode_value
 from castore.tensors.staging import DeviceCopies, HostCopies, Piece, pin, pinned_slab
 from castore.tensors.targets import ARRAY_KINDS, Target, allocate, live_target
@@ -24,6 +25,7 @@ __all__ = [
     "ARRAY_KINDS",
     "Array",
     "ArrayPayload",
+    "BytesPayload",
     "DeviceCopies",
     "FlatState",
     "Glance",
@@ -40,6 +42,7 @@ __all__ = [
     "can_adopt",
     "decode_value",
     "flatten",
+    "flatten_outline",
     "glance",
     "live_target",
     "make_view",
@@ -47,6 +50,7 @@ __all__ = [
     "pin",
     "pinned_slab",
     "select",
+    "share_elements",
     "slice_rows",
     "unflatten",
 ]

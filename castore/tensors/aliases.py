@@ -65,11 +65,19 @@ def find_sharing(arrays: Sequence[tuple[int, Array]]) -> Sharing:
     return Sharing(aliases, tuple(sorted(shared, key=lambda group: group.members[0])))
 
 
+def share_elements(arrays: Iterable[Array]) -> bool:
+    """Whether different views among them have elements in common, so that they are to be stored as VIEWs."""
+    arrays = [array for array in arrays if array.raw_bytes]
+    hulls = {array.hull for array in arrays}
+    if len(hulls) == len(arrays) and not _meet(sorted(hulls)):
+        return False  # so it is in most states
+    return bool(find_sharing(list(enumerate(arrays))).shared)
+
+
 def _overlapping_groups(members: Sequence[tuple[int, Array]]) -> Iterable[Shared]:
     """Connected groups of at least two views with elements in common: a sweep over their hulls by address."""
-    hulls = sorted(array.hull for _, array in members)
-    if all(high <= low for (_, high), (low, _) in pairwise(hulls)):
-        return  # no two hulls meet: so it is in most states
+    if not _meet(sorted(array.hull for _, array in members)):
+        return
     spans = sorted((_Span(number, array) for number, array in members), key=lambda span: (span.low, -span.high))
     groups = _Groups(len(spans))
     active: list[int] = []
@@ -82,6 +90,11 @@ def _overlapping_groups(members: Sequence[tuple[int, Array]]) -> Iterable[Shared
         active.append(at)
     for group in groups.of_several():
         yield _shared([spans[at] for at in group])
+
+
+def _meet(hulls: Sequence[tuple[int, int]]) -> bool:
+    """Whether two of these hulls have a byte in common, the hulls being sorted."""
+    return any(high > low for (_, high), (low, _) in pairwise(hulls))
 
 
 def _shared(spans: Sequence[_Span]) -> Shared:

@@ -10,7 +10,8 @@ subclasses) are refused or taken apart before they get here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from castore.tensors.strided import (
     word_layout,
 )
 
+_row_major_stride = lru_cache(row_major_stride)
 CPU = "cpu"
 Family = Literal["torch", "numpy"]
 
@@ -39,7 +41,7 @@ class Array:
     """
 
     value: Any
-    """The tensor or ndarray; it keeps the memory alive."""
+    """The tensor or ndarray; it keeps the memory alive. See `let_go`."""
     family: Family
     device: str
     """"cpu", "cuda:0", …; always "cpu" for numpy."""
@@ -57,6 +59,8 @@ class Array:
     """Length of its logical bytes."""
     row_major: bool = False
     """Whether the memory, from `address` on, is the logical bytes; computed once, for it is asked of every array."""
+    object_hints: dict[str, Any] = field(default_factory=dict)
+    """What belongs to the object rather than to its memory. Not to be changed."""
 
     @property
     def item_bytes(self) -> int:
@@ -115,6 +119,12 @@ class Array:
             self.neg,
         )
 
+    def let_go(self) -> None:
+        """Keep the memory alive no longer. Where it was is then all that remains known, and that it is not the object
+        of another description.
+        """
+        self.value = object()
+
     def stride_hint(self) -> list[int] | None:
         """Strides in elements if they are worth restoring: dense and not row-major; else None.
 
@@ -148,12 +158,16 @@ def numpy_array(value: np.ndarray[Any, Any], path: str) -> Array:
 
 def torch_array(value: Any, path: str) -> Array:
     """Describe a strided, unquantized tensor. Raises UnsupportedLeafError when it has no memory."""
-    element = torch_element(value.dtype)
+    dtype = value.dtype
+    element = torch_element(dtype)
     size = element.item_bytes
     shape = tuple(value.shape)
-    stride = tuple([step * size for step in value.stride()])
-    raw_bytes = math.prod(shape) * size
     row_major = value.is_contiguous()
+    if row_major and 1 not in shape:  # for an axis of length 1 torch may have any stride
+        stride = _row_major_stride(shape, size)
+    else:
+        stride = tuple([step * size for step in value.stride()])
+    raw_bytes = math.prod(shape) * size
     device = CPU if value.is_cpu else str(value.device)
     try:
         storage_bytes, address = value.untyped_storage().nbytes(), value.data_ptr()
@@ -164,8 +178,22 @@ def torch_array(value: Any, path: str) -> Array:
     if raw_bytes and value.storage_offset() * size + end > storage_bytes:
         # FSDP frees the storage of parameters that are not gathered; reading them would be a segmentation fault.
         raise UnsupportedLeafError(path, _tensor_type(value), "its storage was freed: gather or clone it before saving")
-    conj, neg = value.is_conj(), value.is_neg()
-    return Array(value, "torch", device, address, shape, stride, element, conj, neg, raw_bytes, row_major)
+    conj, neg = dtype.is_complex and value.is_conj(), value.is_neg()
+    return Array(
+        value, "torch", device, address, shape, stride, element, conj, neg, raw_bytes, row_major, object_hints(value)
+    )
+
+
+def object_hints(tensor: Any) -> dict[str, Any]:
+    """What belongs to the object of a tensor rather than to its memory."""
+    hints: dict[str, Any] = {}
+    if tensor.requires_grad:
+        hints["requires_grad"] = True
+    if type(tensor).__name__ == "Parameter":  # of torch.nn: no other class of that name gets here
+        hints["parameter"] = True
+    elif getattr(tensor, "_is_buffer", False):
+        hints["buffer"] = bool(getattr(tensor, "persistent", True))
+    return hints
 
 
 def describe(value: Any, path: str) -> Array:

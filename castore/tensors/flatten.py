@@ -38,7 +38,7 @@ from castore.format.manifest import Entry, Kind
 from castore.format.paths import encode_key, join
 from castore.options import SKELETON_DEPTH_MAX
 from castore.tensors.aliases import Shared, check_aligned, find_sharing
-from castore.tensors.arrays import CPU, Array, numpy_array, torch_array
+from castore.tensors.arrays import CPU, Array, numpy_array, object_hints, torch_array
 from castore.tensors.classes import (
     class_name,
     dataclass_fields,
@@ -51,11 +51,10 @@ from castore.tensors.glance import is_plain
 from castore.tensors.lazy import loaded_torch
 from castore.tensors.payloads import ArrayPayload, HullPayload, Payload
 from castore.tensors.scalars import Encoded, encode_pickle, encode_value, opaque_value
+from castore.tensors.state_dict import metadata_of
 
 STORAGE_PREFIX = "~storage/"
 """No key is escaped to this, so a hidden entry never has the path of a value."""
-
-_INT64 = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,15 @@ def flatten(
     return _with_sharing(walk)
 
 
+def flatten_outline(outline: Any) -> FlatState:
+    """Take a state apart from its outline (glance.py). The arrays of its payloads may have let go of their memory.
+    Raises nothing that the state is to blame for.
+    """
+    walk = _OutlineWalk(allow_pickle=False, is_target=False, known={})
+    walk.visit(outline, "")
+    return _with_sharing(walk)
+
+
 class _Walk:
     """The entries of a state so far."""
 
@@ -102,7 +110,7 @@ class _Walk:
         """
 
     def visit(self, value: Any, path: str) -> None:
-        part = self.known.get(id(value)) or self._examine(value, path)
+        part = self._part(value, path)
         if isinstance(part, Encoded):
             self._add(part.entry(path), part.payload())
         elif isinstance(part, Array):
@@ -121,6 +129,10 @@ class _Walk:
             self._visit_composite(value, part, path)
         else:
             self._visit_container(value, path)
+
+    def _part(self, value: Any, path: str) -> Encoded | Array | Composite | None:
+        """What the value is; None for a container."""
+        return self.known.get(id(value)) or self._examine(value, path)
 
     def _examine(self, value: Any, path: str) -> Encoded | Array | Composite | None:
         """What the value is; None for a container. A pickle of it where that is allowed and nothing else
@@ -147,7 +159,7 @@ class _Walk:
             return
         self._composites[id(tensor)] = path, tensor
         self._add(
-            Entry(path, composite.kind, "", (len(composite.children),), composite.attrs, _object_hints(tensor)),
+            Entry(path, composite.kind, "", (len(composite.children),), composite.attrs, object_hints(tensor)),
             None,
         )
         for component, child in composite.children.items():
@@ -168,6 +180,13 @@ class _Walk:
         for component, child in children:
             self.visit(child, join(path, component))
         del self._open[id(value)]
+
+
+class _OutlineWalk(_Walk):
+    """The entries of an outline: what is no container and can change has been looked at already."""
+
+    def _part(self, value: Any, path: str) -> Encoded | Array | Composite | None:
+        return value if type(value) is Array or type(value) is Encoded else self._examine(value, path)
 
 
 def _examine(value: Any, path: str) -> Encoded | Array | Composite | None:
@@ -228,35 +247,8 @@ def _dict_children(value: Mapping[Any, Any], path: str) -> list[tuple[str, Any]]
 
 
 def _ordered_dict_hints(value: OrderedDict[Any, Any], path: str) -> dict[str, Any]:
-    attributes = vars(value)
-    if not attributes:
-        return {}
-    metadata = attributes.get("_metadata")
-    if attributes.keys() != {"_metadata"} or not isinstance(metadata, Mapping) or not _is_plain(metadata):
-        names = ", ".join(sorted(attributes))
-        raise UnsupportedLeafError(
-            path,
-            "OrderedDict with attributes",
-            f"{names} would be lost: delete it, or save OrderedDict(mapping)",
-        )
-    return {"state_dict_metadata": _plain(metadata)}
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether msgpack can hold the value and give it back."""
-    if value is None or type(value) in (bool, float, str, bytes):
-        return True
-    if type(value) is int:
-        return value in _INT64
-    if depth > 8:
-        return False
-    if isinstance(value, Mapping):
-        return all(type(key) is str and _is_plain(item, depth + 1) for key, item in value.items())
-    return type(value) is list and all(_is_plain(item, depth + 1) for item in value)
-
-
-def _plain(value: Any) -> Any:
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
+    metadata = metadata_of(value, path)
+    return {} if metadata is None else {"state_dict_metadata": metadata}
 
 
 # ---- what an array's entry says ----------------------------------------------------------------------------
@@ -267,27 +259,12 @@ def _array_attrs(array: Array) -> dict[str, Any]:
 
 
 def _array_hints(array: Array) -> dict[str, Any]:
-    hints = _object_hints(array.value)
+    hints = array.object_hints.copy()
     stride = array.stride_hint()
     if stride is not None:
         hints["stride"] = stride
     if array.device != CPU:
         hints["device"] = array.device
-    return hints
-
-
-def _object_hints(value: Any) -> dict[str, Any]:
-    """What belongs to the object rather than to its memory."""
-    if isinstance(value, np.ndarray):
-        return {}
-    hints: dict[str, Any] = {}
-    torch = loaded_torch()
-    if value.requires_grad:
-        hints["requires_grad"] = True
-    if torch is not None and type(value) is torch.nn.Parameter:
-        hints["parameter"] = True
-    elif getattr(value, "_is_buffer", False):
-        hints["buffer"] = bool(getattr(value, "persistent", True))
     return hints
 
 
@@ -304,7 +281,7 @@ def _with_sharing(walk: _Walk) -> FlatState:
         hints = {}
         value = array_of[number].value
         if value is not array_of[first].value:
-            hints = {**_object_hints(value), "object": first_path.setdefault(id(value), entries[number].path)}
+            hints = {**array_of[number].object_hints, "object": first_path.setdefault(id(value), entries[number].path)}
         entries[number] = Entry(entries[number].path, Kind.ALIAS, attrs={"target": entries[first].path}, hints=hints)
         payloads[number] = None
     for index, shared in enumerate(sharing.shared):

@@ -579,7 +579,9 @@ def test_of_several_errors_none_is_forgotten() -> None:
 
     saver = BackgroundSaver(carry)
     for step in (1, 2):
-        saver.submit(saver.reserve(0, step), StagedState(FlatState((), ()), 0, lambda: None), SaveRequest(step=step))
+        saver.submit(
+            saver.reserve(0, step), StagedState(lambda: FlatState((), ()), 0, lambda: None), SaveRequest(step=step)
+        )
     go.set()
     saver.wait()
     with pytest.raises(StorageError) as caught:

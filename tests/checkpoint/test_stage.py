@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
 
 from castore.checkpoint.stage import stage, staged_bytes
 from castore.errors import UnsupportedLeafError
 from castore.host_memory import SLOT_BYTES_MIN, BufferPool, HostCopy
 from castore.options import GRID_BYTES
-from castore.tensors import Glance, HostCopies, flatten, glance
+from castore.tensors import FlatState, Glance, HostCopies, flatten, glance
+
+pytest.importorskip("torch")
+
+from tests.tensors.strategies import states as any_states  # noqa: E402  imports torch
 
 
 class CountingPool(BufferPool):
@@ -61,7 +66,7 @@ def test_copies_are_right_and_occupy_what_is_said_before() -> None:
         seen = glance(state)
         staged = stage(seen, lambda flat=flat: flat, pool, pinned)
         assert staged_bytes(seen) == staged.held_bytes == pool.out * GRID_BYTES
-        for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
+        for live, copy in zip(flat.payloads, staged.flatten().payloads, strict=True):
             if live is None or copy is None:
                 assert live is copy
                 continue
@@ -83,14 +88,60 @@ def test_what_the_first_look_does_not_find_is_staged_all_the_same() -> None:
     large = np.random.default_rng(0).integers(0, 256, 5 * GRID_BYTES // 2, np.uint8)
     flat = flatten({"large": large, "strided": large[::2], "text": "text " * GRID_BYTES})
     staged = stage(Glance(), lambda: flat, pool, pinned)
-    for live, copy in zip(flat.payloads, staged.flat.payloads, strict=True):
+    for live, copy in zip(flat.payloads, staged.flatten().payloads, strict=True):
         for start in range(0, live.raw_bytes if live is not None else 0, GRID_BYTES):
             assert live is not None
             assert copy is not None
             stop = min(start + GRID_BYTES, live.raw_bytes)
             assert copy.read(start, stop) == live.read(start, stop)
-    assert staged.held_bytes == pool.out * GRID_BYTES
+    assert staged.held_bytes == pool.out * GRID_BYTES + len("text ") * GRID_BYTES
     staged.release()
+
+
+def leaves(flat: FlatState) -> list[bytes | None]:
+    return [None if payload is None else bytes(payload.read(0, payload.raw_bytes)) for payload in flat.payloads]
+
+
+@given(any_states())
+def test_any_state_is_staged_as_it_is(state: Any) -> None:
+    """With an outline or without, views, conjugates and parts of composites too."""
+    pool, pinned = CountingPool(), CountingPool()
+    flat = flatten(state)
+    expected = leaves(flat)
+    seen = glance(state)
+    staged = stage(seen, lambda: flatten(state, known=seen.arrays), pool, pinned)
+    found = staged.flatten()
+    assert found.entries == flat.entries
+    assert leaves(found) == expected
+    staged.release()
+    assert pool.out == pinned.out == 0
+
+
+def test_views_that_share_elements_are_taken_apart_at_once() -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    whole = np.arange(1000, dtype=np.int32)
+    state = {"whole": whole, "part": whole[100:300]}
+    expected = leaves(flatten(state))
+    seen = glance(state)
+    assert seen.has_outline
+    staged = stage(seen, lambda: flatten(state, known=seen.arrays), pool, pinned)
+    whole[:] = 0
+    assert leaves(staged.flatten()) == expected
+
+
+def test_without_shared_elements_the_state_is_taken_apart_later() -> None:
+    pool, pinned = CountingPool(), CountingPool()
+    base = np.arange(1000, dtype=np.int32)
+    state = {"even": base[::2], "odd": base[1::2], "empty": base[:0], "back": base[:0:-1].copy()[::-1]}
+    expected = leaves(flatten(state))
+
+    def fail() -> FlatState:
+        raise AssertionError("not now")
+
+    staged = stage(glance(state), fail, pool, pinned)
+    base[:] = 0
+    state.clear()
+    assert leaves(staged.flatten()) == expected
 
 
 def test_one_piece_of_memory_is_copied_once() -> None:
