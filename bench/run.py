@@ -82,9 +82,9 @@ def _workload(
     floors: list[Results] = []
     for repetition in range(settings.repeat):
         with measure.fresh_directory(settings.scratch) as directory:
-            copy_s = measure.copy_seconds(steps[-1].state)
             measure.warm_memory(_warm_bytes(steps, settings))
-            floors.append({"copy_s": copy_s, "write_s": measure.write_seconds(steps[-1].state, directory)})
+            copy_s, write_s = measure.floor_seconds([step.state for step in steps], directory)
+            floors.append({"copy_s": copy_s, "write_s": write_s})
         for contestant in _shuffled(contestants, repetition):
             trial = _trial(workload, steps, contestant, settings)
             trials[contestant.name].append(asdict(trial))

@@ -108,17 +108,11 @@ class Probe:
     def save(self, target: Step, *, previous: Step | None = None) -> Save:
         bytes_before = measure.directory_bytes(self.directory)
         written_before = measure.disk_written_bytes()
-        call_s = 0.0
-
-        def save_and_wait() -> None:
-            nonlocal call_s
-            call_s = measure.timed(lambda: self.contestant.save(target.state, step=target.step))
-            self.contestant.wait()
-
         measure.warm_memory(self.warm_bytes)
-        measure.wake()
         with measure.PeakMemory() as memory:
-            durable_s = measure.timed(save_and_wait)
+            call_s, durable_s = measure.save_seconds(
+                lambda: self.contestant.save(target.state, step=target.step), self.contestant.wait
+            )
         return Save(
             step=target.step,
             gap_steps=target.step - previous.step if previous else 0,

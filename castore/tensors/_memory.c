@@ -3,7 +3,9 @@
  *     start(pieces, helpers) -> copying      begins to copy in so many threads and returns. pieces: a tuple of (target,
  *                                            address): a writable buffer of bytes, and where as many bytes lie, which the
  *                                            caller keeps alive until
- *     finish(copying)                        which takes part, and returns when all is there; called by one thread
+ *     finish(copying, parallel, threads)     which takes part, and returns when all is there; called by one thread. Unless
+ *                                            `parallel` is 0, it is the address of GOMP_parallel of an OpenMP library,
+ *                                            whose team of so many threads takes part too
  *
  * What is copied is larger than any cache, and is not read again at once. Stores that go around the caches ("non-temporal")
  * spare the processor reading every line of the target before it is overwritten, a third of the traffic: they take half the
@@ -11,6 +13,9 @@
  *
  * Where the system gives no threads, `finish` does it all; in a forked child too. Where `copying` is dropped without it, what has
  * been begun is waited for, and the rest is left out.
+ *
+ * A team that has just computed waits in a loop for more to do, for some milliseconds: threads of our own would share the
+ * processors with that loop, and get their turn when the copy is nearly over. So where the program has a team, it copies.
  *
  * Other processors than x86-64 copy with memcpy.
  */
@@ -72,6 +77,14 @@ static void *copy_pieces(void *argument)
     return NULL;
 }
 
+/* The interface that gcc compiles `#pragma omp parallel` to; other OpenMP libraries have it too. */
+typedef void parallel_function(void (*body)(void *), void *argument, unsigned threads, unsigned flags);
+
+static void copy_in_team(void *work)
+{
+    copy_pieces(work);
+}
+
 #define NAME "castore.tensors._memory.copying"
 
 /* A copy under way. */
@@ -86,10 +99,11 @@ struct copying {
 };
 
 /* Takes part until all is copied, or only waits for what has been begun. A forked child has none of its parent's threads. */
-static void wait_for(struct copying *copying, int take_part)
+static void wait_for(struct copying *copying, int take_part, parallel_function *parallel, unsigned threads)
 {
-    if (copying->pid != getpid()) copying->started = 0, copying->work.next = 0;
-    if (take_part) copy_pieces(&copying->work);
+    if (copying->pid != getpid()) copying->started = 0, copying->work.next = 0, parallel = NULL;
+    if (take_part && parallel) parallel(copy_in_team, &copying->work, threads, 0);
+    else if (take_part) copy_pieces(&copying->work);
     else __atomic_store_n(&copying->work.next, copying->work.count, __ATOMIC_RELAXED);
     while (copying->started > 0) pthread_join(copying->helpers[--copying->started], NULL);
 }
@@ -106,7 +120,7 @@ static void capsule_ends(PyObject *capsule)
 {
     struct copying *copying = PyCapsule_GetPointer(capsule, NAME);
     if (PyCapsule_GetContext(capsule) == NULL) {
-        wait_for(copying, 0); /* the caller has given up: the sources may be gone already */
+        wait_for(copying, 0, NULL, 0); /* the caller has given up: the sources may be gone already */
         let_go(copying);
     }
 }
@@ -154,16 +168,22 @@ static PyObject *memory_start(PyObject *module, PyObject *args)
     return capsule;
 }
 
-static PyObject *memory_finish(PyObject *module, PyObject *capsule)
+static PyObject *memory_finish(PyObject *module, PyObject *args)
 {
-    struct copying *copying = PyCapsule_GetPointer(capsule, NAME);
+    PyObject *capsule;
+    unsigned long long parallel;
+    int threads;
+    struct copying *copying;
     (void)module;
+    if (!PyArg_ParseTuple(args, "OKi", &capsule, &parallel, &threads)) return NULL;
+    if (parallel && threads < 1) return PyErr_Format(PyExc_ValueError, "expected a team of 1 or more, found %d", threads);
+    copying = PyCapsule_GetPointer(capsule, NAME);
     if (copying == NULL) return NULL;
     if (PyCapsule_GetContext(capsule) == NULL) {
         /* The caller keeps the capsule; what it names is gone from here on. */
         if (PyCapsule_SetContext(capsule, capsule) < 0) return NULL;
         Py_BEGIN_ALLOW_THREADS
-        wait_for(copying, 1);
+        wait_for(copying, 1, (parallel_function *)(uintptr_t)parallel, (unsigned)threads);
         Py_END_ALLOW_THREADS
         let_go(copying);
     }
@@ -173,7 +193,7 @@ static PyObject *memory_finish(PyObject *module, PyObject *capsule)
 
 static PyMethodDef methods[] = {
     {"start", memory_start, METH_VARARGS, "start(pieces, helpers): begin to copy them in threads; give the result to finish"},
-    {"finish", memory_finish, METH_O, "finish(copying): take part, and return when all is copied"},
+    {"finish", memory_finish, METH_VARARGS, "finish(copying, parallel, threads): take part, and return when all is copied"},
     {NULL, NULL, 0, NULL},
 };
 

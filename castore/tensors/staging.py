@@ -7,16 +7,19 @@ state at the call.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from castore.tensors.arrays import Array, words_on_device
-from castore.tensors.lazy import require_torch
+from castore.tensors.lazy import loaded_torch, require_torch
 from castore.tensors.strided import memory_array
 from castore.threads import worker_count
 
@@ -60,6 +63,38 @@ def pin(address: int, length: int) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(address) and None
 
 
+_PID = os.getpid()
+
+
+def _team() -> tuple[int, int]:
+    """The threads that torch computes with, for _memory.finish: address of GOMP_parallel, and how many. Zeros where
+    torch has none, and in a forked child: OpenMP would wait for its parent's.
+    """
+    torch = loaded_torch()
+    threads = torch.get_num_threads() if torch is not None and os.getpid() == _PID else 1
+    address = _gomp_parallel() if threads > 1 else 0
+    return (address, threads) if address else (0, 0)
+
+
+_MAPS = Path("/proc/self/maps")
+_OPENMP = re.compile(r"(/.*/lib(?:gomp|iomp|omp)[^/\n]*\.so[^/\n]*)$", re.MULTILINE)
+
+
+@cache
+def _gomp_parallel() -> int:
+    """Its address in the OpenMP library that is loaded; 0 where there is none, or several: whose threads torch computes
+    with is not known then.
+    """
+    try:
+        libraries = set(_OPENMP.findall(_MAPS.read_text(errors="replace")))
+        if len(libraries) != 1:
+            return 0
+        library = ctypes.CDLL(libraries.pop(), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another system, or another kind of library
+        return 0
+
+
 Piece = tuple[memoryview, int]
 """Memory to fill, and the address of as many bytes in host memory."""
 
@@ -73,7 +108,9 @@ class HostCopies:
     def start(self, pieces: Sequence[Piece]) -> None:
         """Begin to fill all of them, in threads; where no compiler was at hand, do it now."""
         if _memory is not None:
-            self._finish.append(partial(_memory.finish, _memory.start(tuple(pieces), max(1, worker_count() - 1))))
+            team = _team()
+            helpers = 0 if any(team) else max(1, worker_count() - 1)
+            self._finish.append(partial(_memory.finish, _memory.start(tuple(pieces), helpers), *team))
             return
         for target, address in pieces:
             source = memory_array(address, (len(target),), (1,), "|u1", owner=None)

@@ -17,7 +17,7 @@ from castore.tensors import FlatState, Glance, HostCopies, flatten, glance
 
 pytest.importorskip("torch")
 
-from tests.tensors.strategies import states as any_states  # noqa: E402  imports torch
+from tests.tensors.strategies import states as any_states
 
 
 class CountingPool(BufferPool):
