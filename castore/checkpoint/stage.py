@@ -5,7 +5,7 @@ behind another. What lies plainly in host memory is copied by threads, tensors o
 stream of their own, all together, and waited for once.
 
 Where the first look has an outline of the state, that is all that training waits for: the state is taken apart from the
-outline when the copy is saved. Else it is taken apart while the threads copy.
+outline when the copy is saved. Else it is taken apart before the copy is waited for.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def stage(seen: Glance, take_apart: Callable[[], FlatState], pool: BufferPool, p
             flatten = partial(_identity, flat)
             text_bytes = sum(payload.raw_bytes for payload in flat.payloads if isinstance(payload, BytesPayload))
         copies.wait()
+        for array in arrays:
+            array.let_go()
     except BaseException:
         copies.wait()  # nobody may take a slot that is still being written to
         copies.release()
         raise
-    for array in arrays:
-        array.let_go()
     return StagedState(flatten, copies.held_bytes + text_bytes, copies.release)
 
 
@@ -127,7 +127,7 @@ class _Copies:
         """Key of an array that does not lie plainly there → the copy of its logical bytes."""
 
     def begin(self, arrays: Iterable[Array]) -> None:
-        """Start to copy what lies plainly in host memory, each piece of it once."""
+        """Have what lies plainly in host memory copied, each piece of it once."""
         plain, place = self._plain, self._slots.place
         pieces: list[Piece] = []
         for array in arrays:
@@ -148,8 +148,8 @@ class _Copies:
                 self._chunks_of(ArrayPayload(array))
 
     def of(self, flat: FlatState) -> FlatState:
-        """The state with copies for payloads, which may be still under way; what has no copy yet is copied now. Bytes
-        of numbers and texts are its own.
+        """The state with copies for payloads, which may not be there before `wait` has returned; what has no copy yet
+        is copied now. Bytes of numbers and texts are its own.
         """
         return FlatState(flat.entries, tuple(map(self._copy_of, flat.payloads)))
 

@@ -1,6 +1,6 @@
 /* Copies of many pieces of memory in one call, by several threads, past the caches: staging.py.
  *
- *     start(pieces, helpers) -> copying      begins to copy in so many threads and returns. pieces: a tuple of (target,
+ *     start(pieces, helpers) -> copying      begins to copy in so many threads, if any, and returns. pieces: a tuple of (target,
  *                                            address): a writable buffer of bytes, and where as many bytes lie, which the
  *                                            caller keeps alive until
  *     finish(copying, parallel, threads)     which takes part, and returns when all is there; called by one thread. Unless

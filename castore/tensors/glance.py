@@ -66,6 +66,10 @@ class _Look:
         self.text_bytes = 0
         self.is_whole = True
         """Whether the outline has all of the state so far."""
+        self._open: set[int] = set()
+        """Identities of the containers around the current value."""
+        self._opened: set[int] = set()
+        """Those of containers that were opened since `is_whole` became false."""
         self._torch = torch = loaded_torch()
         self._tensors = () if torch is None else (torch.Tensor, torch.nn.Parameter)
 
@@ -81,20 +85,35 @@ class _Look:
             return value
         if kind is np.ndarray or kind is np.memmap:
             return self.arrays.get(id(value)) or self._at_ndarray(value)
-        if depth >= SKELETON_DEPTH_MAX:
+        if depth >= SKELETON_DEPTH_MAX or not self._may_open(value):
             return self._give_up()
+        self._open.add(id(value))
+        outline = self._at_container(value, depth + 1)
+        self._open.discard(id(value))
+        return outline
+
+    def _may_open(self, value: Any) -> bool:
+        """No container inside of itself; and where there will be no outline, each only once."""
+        if id(value) in self._open or id(value) in self._opened:
+            return False
+        if not self.is_whole:
+            self._opened.add(id(value))
+        return True
+
+    def _at_container(self, value: Any, depth: int) -> Any:
+        kind = type(value)
         if kind is dict:
             self._check_keys(value)
-            return {key: self.at(child, depth + 1) for key, child in value.items()}
+            return {key: self.at(child, depth) for key, child in value.items()}
         if kind is list or kind is tuple:
             if _NUMBERS.issuperset(map(type, value)):
                 return kind(value)
-            return kind([self.at(child, depth + 1) for child in value])
+            return kind([self.at(child, depth) for child in value])
         if kind is OrderedDict:
             return self._at_ordered_dict(value, depth)
         if is_record(value):
             for child in _children(value):
-                self.at(child, depth + 1)
+                self.at(child, depth)
             return self._give_up()
         return self._at_scalar(value)
 
@@ -106,7 +125,7 @@ class _Look:
                 return array
             if not tensor.is_nested and not tensor.is_meta:
                 for child in take_apart(tensor, "").children.values():
-                    self.at(child, depth + 1)
+                    self.at(child, depth)
         except UnsupportedLeafError:
             pass  # `flatten` says it
         return self._give_up()
@@ -120,7 +139,7 @@ class _Look:
 
     def _at_ordered_dict(self, value: OrderedDict[Any, Any], depth: int) -> Any:
         self._check_keys(value)
-        outline: Any = OrderedDict([(key, self.at(child, depth + 1)) for key, child in value.items()])
+        outline: Any = OrderedDict([(key, self.at(child, depth)) for key, child in value.items()])
         try:
             metadata = metadata_of(value, "")
         except UnsupportedLeafError:

@@ -1,6 +1,7 @@
-"""Copies of arrays into staging memory: started together, going on beside the caller, waited for once.
+"""Copies of arrays into staging memory: asked for together, waited for once.
 
-From host memory threads copy, past the caches (_memory.c). From a device its copy engine does, on streams of their own,
+From host memory the threads that torch computes with copy, in `wait`, or threads of our own, beside the caller; past
+the caches (_memory.c). From a device its copy engine does, on streams of their own,
 while the current stream goes on with other work; it begins when what was queued before is done, so that it sees the
 state at the call.
 """
@@ -63,17 +64,33 @@ def pin(address: int, length: int) -> Callable[[], None]:
     return lambda: runtime.cudaHostUnregister(address) and None
 
 
-_PID = os.getpid()
-
-
 def _team() -> tuple[int, int]:
     """The threads that torch computes with, for _memory.finish: address of GOMP_parallel, and how many. Zeros where
-    torch has none, and in a forked child: OpenMP would wait for its parent's.
+    torch has none, and in a process that was forked: OpenMP would wait for the threads of its parent, for ever.
     """
     torch = loaded_torch()
-    threads = torch.get_num_threads() if torch is not None and os.getpid() == _PID else 1
+    threads = torch.get_num_threads() if torch is not None and not _was_forked(os.getpid()) else 1
     address = _gomp_parallel() if threads > 1 else 0
     return (address, threads) if address else (0, 0)
+
+
+_STAT = Path("/proc/self/stat")
+_FLAGS_FIELD = 9
+_FORKED_WITHOUT_EXEC = 0x40
+"""PF_FORKNOEXEC of Linux's sched.h."""
+
+
+@cache
+def _was_forked(pid: int) -> bool:
+    """Whether this process, of that id, is a forked copy of another rather than a program of its own. The kernel is
+    asked, for the fork may be older than the import of this module. True where it does not say.
+    """
+    del pid  # a child inherits what the cache holds of its parent
+    try:
+        fields = _STAT.read_text().rpartition(")")[2].split()  # the name before may hold anything
+        return bool(int(fields[_FLAGS_FIELD - 3]) & _FORKED_WITHOUT_EXEC)
+    except (OSError, ValueError, IndexError):
+        return True
 
 
 _MAPS = Path("/proc/self/maps")
@@ -106,7 +123,7 @@ class HostCopies:
         self._finish: list[Callable[[], None]] = []
 
     def start(self, pieces: Sequence[Piece]) -> None:
-        """Begin to fill all of them, in threads; where no compiler was at hand, do it now."""
+        """Have all of them filled by the time that `wait` returns; where no compiler was at hand, do it now."""
         if _memory is not None:
             team = _team()
             helpers = 0 if any(team) else max(1, worker_count() - 1)

@@ -91,6 +91,32 @@ def test_a_state_that_holds_itself_ends() -> None:
         flatten(state, known=glance(state).arrays)
 
 
+def test_states_that_hold_themselves_in_many_ways_end() -> None:
+    """2 to the power of 200 ways round."""
+    both: list[Any] = [torch.zeros(3)]
+    both.extend([both, both])
+    root: dict[str, Any] = {"parent": None, "children": []}
+    for _ in range(3):
+        child: dict[str, Any] = {"parent": root, "children": [], "w": torch.zeros(2)}
+        child["children"].extend({"parent": child, "root": root} for _ in range(3))
+        root["children"].append(child)
+    record = Record([])
+    record.weights.extend([record, record, both])
+    for state, count in ((both, 1), (root, 3), ({"x": record}, 1)):
+        found = glance(state)
+        assert not found.has_outline
+        assert len(found.arrays) == count
+        with pytest.raises(UsageError, match="contains itself"):
+            flatten(state, known=found.arrays)
+
+
+def test_a_container_at_several_places_has_an_outline() -> None:
+    shared = {"w": torch.zeros(3), "list": [1, "x"]}
+    found = glance({"one": shared, "two": [shared, shared]})
+    assert found.has_outline
+    assert flatten_outline(found.outline).entries == flatten({"one": shared, "two": [shared, shared]}).entries
+
+
 def test_a_state_that_is_too_deep_is_left_to_flatten() -> None:
     state: Any = torch.zeros(1)
     for depth in range(100_000):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -227,3 +228,36 @@ def test_a_forked_child_does_without_the_team(team: tuple[int, int]) -> None:
     staging._memory.finish(copying, *team)
     assert os.waitpid(child, 0)[1] == 0
     assert target.all()
+
+
+_SAVING_CHILD = """
+import os, sys, torch, castore
+torch.set_num_threads(2)
+torch.randn(4_000_000).add(1).sum()  # makes the team
+assert "castore.tensors.staging" not in sys.modules
+if os.fork() == 0:
+    import signal
+    signal.alarm(60)
+    repo = castore.init(sys.argv[1])
+    repo.save_async({"w": torch.empty(3_000_000)}, step=1).result()
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_child_that_was_forked_before_castore_looked_saves_too(team: tuple[int, int], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _SAVING_CHILD, str(tmp_path / "repo")], check=False, timeout=100
+    )
+    assert done.returncode == 0
+
+
+def test_where_the_kernel_does_not_say_the_team_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_flag = {"4194304": False, "4194368": True}
+    monkeypatch.setattr(staging, "_STAT", tmp_path / "stat")
+    assert staging._was_forked.__wrapped__(1)
+    for flags, forked in fork_flag.items():
+        (tmp_path / "stat").write_text(f"77 (a) R 0 b) S 1 77 77 0 -1 {flags} 100 0\n")
+        assert staging._was_forked.__wrapped__(1) == forked
+    (tmp_path / "stat").write_text("nothing")
+    assert staging._was_forked.__wrapped__(1)
