@@ -87,7 +87,7 @@ def stage(seen: Glance, take_apart: Callable[[], FlatState], pool: BufferPool, p
             text_bytes = seen.text_bytes
         else:
             flat = copies.of(take_apart())
-            flatten = partial(_identity, flat)
+            flatten = partial(_as_it_is, flat)
             text_bytes = sum(payload.raw_bytes for payload in flat.payloads if isinstance(payload, BytesPayload))
         copies.wait()
         for array in arrays:
@@ -103,7 +103,7 @@ def _flatten_later(outline: Any, copies: _Copies) -> FlatState:
     return copies.of(flatten_outline(outline))
 
 
-def _identity(flat: FlatState) -> FlatState:
+def _as_it_is(flat: FlatState) -> FlatState:
     return flat
 
 

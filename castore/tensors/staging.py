@@ -1,9 +1,8 @@
 """Copies of arrays into staging memory: asked for together, waited for once.
 
 From host memory the threads that torch computes with copy, in `wait`, or threads of our own, beside the caller; past
-the caches (_memory.c). From a device its copy engine does, on streams of their own,
-while the current stream goes on with other work; it begins when what was queued before is done, so that it sees the
-state at the call.
+the caches (_memory.c). From a device its copy engine does, on streams of their own, while the current stream goes on
+with other work; it begins when what was queued before is done, so that it sees the state at the call.
 """
 
 from __future__ import annotations
