@@ -60,39 +60,46 @@
 #define ROTATE_LEFT(U, x) ((U)(((U)(x) << 1) | ((U)(x) >> (8 * sizeof(U) - 1))))
 #define ROTATE_RIGHT(U, x) ((U)(((U)(x) >> 1) | ((U)(x) << (8 * sizeof(U) - 1))))
 
-/* Elements are handled in blocks that stay in the first-level cache; memcpy makes unaligned buffers legal. */
+#ifndef __GNUC__
+#error "the kernel reads elements that are not aligned in the way of gcc and clang"
+#endif
+
+/* Elements are handled in blocks that stay in the first-level cache. Buffers need not be aligned: types any_... */
 #define BLOCK 1024
 
 enum mode { PLAIN, ROTATE, DIFFERENCE, XOR, SCALED };
 
 #define DEFINE_WIDTH(W, U, S)                                                                                          \
-    FAST static void transform_##W(const uint8_t *raw, const U *other, U *block, Py_ssize_t count, int mode)           \
+    typedef U any_##U __attribute__((aligned(1), may_alias));                                                          \
+    FAST static void transform_##W(const uint8_t *raw, const uint8_t *base, U *block, Py_ssize_t count, int mode)      \
     {                                                                                                                  \
-        memcpy(block, raw, count * sizeof(U));                                                                         \
-        if (mode == ROTATE) {                                                                                          \
-            for (Py_ssize_t i = 0; i < count; i++) block[i] = ROTATE_LEFT(U, block[i]);                                \
+        const any_##U *from = (const any_##U *)raw, *other = (const any_##U *)base;                                    \
+        if (mode == PLAIN) {                                                                                           \
+            memcpy(block, raw, count * sizeof(U));                                                                     \
+        } else if (mode == ROTATE) {                                                                                   \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] = ROTATE_LEFT(U, from[i]);                                 \
         } else if (mode == XOR) {                                                                                      \
-            for (Py_ssize_t i = 0; i < count; i++) block[i] ^= other[i];                                               \
-        } else if (mode != PLAIN) {                                                                                    \
+            for (Py_ssize_t i = 0; i < count; i++) block[i] = from[i] ^ other[i];                                      \
+        } else {                                                                                                       \
             for (Py_ssize_t i = 0; i < count; i++) {                                                                   \
-                U d = (U)(block[i] - other[i]);                                                                        \
+                U d = (U)(from[i] - other[i]);                                                                         \
                 block[i] = ZIGZAG(U, S, d);                                                                            \
             }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
-    FAST static void untransform_##W(U *block, const U *other, uint8_t *out, Py_ssize_t count, int mode)               \
+    FAST static void untransform_##W(const U *block, const uint8_t *base, uint8_t *out, Py_ssize_t count, int mode)    \
     {                                                                                                                  \
-        if (mode == ROTATE) {                                                                                          \
-            for (Py_ssize_t i = 0; i < count; i++) block[i] = ROTATE_RIGHT(U, block[i]);                               \
+        const any_##U *other = (const any_##U *)base;                                                                  \
+        any_##U *to = (any_##U *)out;                                                                                  \
+        if (mode == PLAIN) {                                                                                           \
+            memcpy(out, block, count * sizeof(U));                                                                     \
+        } else if (mode == ROTATE) {                                                                                   \
+            for (Py_ssize_t i = 0; i < count; i++) to[i] = ROTATE_RIGHT(U, block[i]);                                  \
         } else if (mode == XOR) {                                                                                      \
-            for (Py_ssize_t i = 0; i < count; i++) block[i] ^= other[i];                                               \
-        } else if (mode != PLAIN) {                                                                                    \
-            for (Py_ssize_t i = 0; i < count; i++) {                                                                   \
-                U z = block[i];                                                                                        \
-                block[i] = (U)(UNZIGZAG(U, z) + other[i]);                                                             \
-            }                                                                                                          \
+            for (Py_ssize_t i = 0; i < count; i++) to[i] = block[i] ^ other[i];                                        \
+        } else {                                                                                                       \
+            for (Py_ssize_t i = 0; i < count; i++) to[i] = (U)(UNZIGZAG(U, block[i]) + other[i]);                      \
         }                                                                                                              \
-        memcpy(out, block, count * sizeof(U));                                                                         \
     }
 
 DEFINE_WIDTH(1, uint8_t, int8_t)
@@ -100,23 +107,27 @@ DEFINE_WIDTH(2, uint16_t, int16_t)
 DEFINE_WIDTH(4, uint32_t, int32_t)
 DEFINE_WIDTH(8, uint64_t, int64_t)
 
-/* The base itself, or in mode SCALED what it predicts: see the head of this file. */
-FAST static void predict(const uint8_t *base, void *other, Py_ssize_t count, int width, int mode, float alpha)
+FAST static void scale(const uint8_t *base, uint32_t *scaled, Py_ssize_t count, float alpha)
 {
-    if (base == NULL) return;
-    memcpy(other, base, count * width);
-    if (mode != SCALED) return;
-    uint32_t *bits = other;
+    const any_uint32_t *bits = (const any_uint32_t *)base;
     for (Py_ssize_t i = 0; i < count; i++) {
-        uint32_t exponent = bits[i] >> 23 & 255, scaled;
+        uint32_t old = bits[i], exponent = old >> 23 & 255, product_bits;
         /* A safe factor keeps the multiplication free of subnormals even where its result is not used. */
-        uint32_t safe = exponent - 8 <= 238 ? bits[i] : 0x3f800000u;
+        uint32_t safe = exponent - 8 <= 238 ? old : 0x3f800000u;
         float product;
         memcpy(&product, &safe, 4);
         product *= alpha;
-        memcpy(&scaled, &product, 4);
-        bits[i] = exponent - 8 <= 238 ? scaled : bits[i];
+        memcpy(&product_bits, &product, 4);
+        scaled[i] = exponent - 8 <= 238 ? product_bits : old;
     }
+}
+
+/* What the elements are compared with: the base itself, or in mode SCALED its product in `scaled` (BLOCK elements). */
+static const uint8_t *predict(const uint8_t *base, uint32_t *scaled, Py_ssize_t count, int mode, float alpha)
+{
+    if (mode != SCALED) return base;
+    scale(base, scaled, count, alpha);
+    return (const uint8_t *)scaled;
 }
 
 FAST static void scatter_2(const uint16_t *block, uint8_t *p0, uint8_t *p1, Py_ssize_t count)
@@ -215,9 +226,9 @@ static Py_ssize_t count_kept(const uint8_t *kept, Py_ssize_t start, Py_ssize_t c
 
 #define SPLIT_BLOCK(W, U, SCATTER)                                                                                     \
     {                                                                                                                  \
-        U block[BLOCK], other[BLOCK];                                                                                  \
-        predict(from, other, count, W, mode, alpha);                                                                   \
-        transform_##W(raw + start * W, other, block, count, mode);                                                     \
+        U block[BLOCK];                                                                                                \
+        uint32_t scaled[BLOCK];                                                                                        \
+        transform_##W(raw + start * W, predict(from, scaled, count, mode, alpha), block, count, mode);                 \
         if (kept) count = compact_##W(block, count, kept, start / GROUP);                                              \
         SCATTER;                                                                                                       \
     }
@@ -242,11 +253,11 @@ static Py_ssize_t split_all(const uint8_t *raw, const uint8_t *base, uint8_t *pl
 
 #define MERGE_BLOCK(W, U, GATHER)                                                                                      \
     {                                                                                                                  \
-        U block[BLOCK], other[BLOCK];                                                                                  \
+        U block[BLOCK];                                                                                                \
+        uint32_t scaled[BLOCK];                                                                                        \
         GATHER;                                                                                                        \
         if (kept) expand_##W(block, left, count, kept, start / GROUP);                                                 \
-        predict(from, other, count, W, mode, alpha);                                                                   \
-        untransform_##W(block, other, to, count, mode);                                                                \
+        untransform_##W(block, predict(from, scaled, count, mode, alpha), to, count, mode);                            \
     }
 
 static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const uint8_t *base, uint8_t *out,
@@ -275,12 +286,8 @@ static void merge_all(const uint8_t *const *planes, const uint8_t *kept, const u
 #define DEFINE_CLASSES(W, U)                                                                                           \
     FAST static void classes_##W(const uint8_t *base, uint8_t *classes, Py_ssize_t count)                              \
     {                                                                                                                  \
-        U block[BLOCK];                                                                                                \
-        for (Py_ssize_t start = 0; start < count; start += BLOCK) {                                                    \
-            Py_ssize_t length = count - start < BLOCK ? count - start : BLOCK;                                         \
-            memcpy(block, base + start * W, length * W);                                                               \
-            for (Py_ssize_t i = 0; i < length; i++) classes[start + i] = (uint8_t)(block[i] >> (8 * W - 9));           \
-        }                                                                                                              \
+        const any_##U *from = (const any_##U *)base;                                                                   \
+        for (Py_ssize_t i = 0; i < count; i++) classes[i] = (uint8_t)(from[i] >> (8 * W - 9));                         \
     }
 
 DEFINE_CLASSES(2, uint16_t)
@@ -624,9 +631,9 @@ static struct windows spread(Py_ssize_t length, int width, Py_ssize_t count, Py_
 /* Counts the bytes of `count` changed elements, one table for each byte of an element. */
 #define SAMPLE_BLOCK(W, U)                                                                                             \
     {                                                                                                                  \
-        U block[BLOCK], other[BLOCK], old;                                                                             \
-        predict(from, other, count, W, mode, alpha);                                                                   \
-        transform_##W(raw + at, other, block, count, mode);                                                            \
+        U block[BLOCK], old;                                                                                           \
+        uint32_t scaled[BLOCK];                                                                                        \
+        transform_##W(raw + at, predict(from, scaled, count, mode, alpha), block, count, mode);                        \
         for (Py_ssize_t i = 0; i < count; i++) zeros += block[i] == 0;                                                 \
         for (Py_ssize_t i = 0; i < count; i += GROUP) {                                                                \
             Py_ssize_t end = count - i < GROUP ? count : i + GROUP;                                                    \
