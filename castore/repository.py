@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from castore.backend.base import Backend
 from castore.errors import CastoreError
 from castore.format.config import Config
 from castore.format.layout import CONFIG, RESERVE
+from castore.format.manifest import Entry
 from castore.hashing import Hasher, hasher_for
 from castore.host_memory import BaseMemory, BufferPool, MakeSlab
 from castore.ids import SnapshotId
@@ -59,6 +60,7 @@ class Handle:
         self._pinned: BufferPool | None = None
         self._bases: BaseMemory | None = None
         self._heads: dict[str, Head] = {}
+        self._written: tuple[SnapshotId, Sequence[Entry]] | None = None
 
     @property
     def store(self) -> ChunkStore:
@@ -116,6 +118,16 @@ class Handle:
             if unless_noted_since is ... or self._heads.get(branch) == unless_noted_since:
                 self._heads[branch] = Head(snapshot_id)
 
+    def written_entries(self, snapshot_id: SnapshotId) -> Sequence[Entry] | None:
+        """The entries of the snapshot that this handle wrote last; None of any other."""
+        with self._unshared_lock():
+            return self._written[1] if self._written is not None and self._written[0] == snapshot_id else None
+
+    def note_written(self, snapshot_id: SnapshotId, entries: Sequence[Entry]) -> None:
+        """Remember what a save wrote: the next one, which continues it, need not read it."""
+        with self._unshared_lock():
+            self._written = (snapshot_id, entries)
+
     def close(self) -> None:
         """Close files and the index. The handle opens them again when it is used again."""
         with self._unshared_lock():
@@ -125,6 +137,7 @@ class Handle:
             if self._store is not None:
                 self._store.close()
                 self._store = self._manifests = self._bases = None
+            self._written = None
 
     def _unshared_lock(self) -> threading.Lock:
         """The lock, after a forked child has let go of what it must not share (its parent's lock included)."""

@@ -50,7 +50,9 @@ def candidates(entries: Iterable[Entry], parents: Iterable[Entry], *, id_bytes: 
     found: dict[ChunkId, ChunkId] = {}
     for entry in entries:
         parent = by_path.get(entry.path)
-        if not entry.chunks or parent is None or (parent.kind, parent.dtype) != (entry.kind, entry.dtype):
+        if not entry.chunks or parent is None or entry.chunks == parent.chunks:
+            continue
+        if (parent.kind, parent.dtype) != (entry.kind, entry.dtype):
             continue
         pairs = zip(entry.chunk_ids(id_bytes), parent.chunk_ids(id_bytes), strict=False)
         for index, (chunk_id, base_id) in enumerate(pairs):

@@ -75,10 +75,10 @@ def _hash_leaf(entry: Entry, payload: Payload, hasher: Hasher) -> tuple[Entry, L
         ids = b"".join(hasher.chunk_id(payload.read(start, stop)) for start, stop in grid(length))
         return replace(entry, digest=leaf_digest(hasher, length, ids)), None
     if chunk_count(length) == 0:
-        return replace(entry, inline=bytes(payload.read(0, length))), None
+        return entry.with_bytes(inline=bytes(payload.read(0, length))), None
     sources = tuple(_source(payload, start, stop) for start, stop in grid(length))
     chunk_ids = tuple(hasher.chunk_id(source.read()) for source in sources)
-    return replace(entry, chunks=b"".join(chunk_ids)), LeafChunks(chunk_ids, sources, length)
+    return entry.with_bytes(chunks=b"".join(chunk_ids)), LeafChunks(chunk_ids, sources, length)
 
 
 def grid(raw_bytes: int) -> Iterator[tuple[int, int]]:

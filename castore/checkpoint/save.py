@@ -26,11 +26,10 @@ from castore.checkpoint.plan import HashedState, Write, hash_state, new_bytes, p
 from castore.checkpoint.request import SaveRequest, check_request
 from castore.checkpoint.session import WriteSession
 from castore.errors import CastoreError, ConflictError, LowSpaceWarning, StaleSaveWarning, note_moved
-from castore.format.identity import entry_digest, state_id
+from castore.format.identity import state_id
 from castore.format.layout import snapshot_name, tag_name
 from castore.format.manifest import Entry, Kind
 from castore.format.snapshot import SnapshotRecord
-from castore.hashing import Hasher
 from castore.ids import SnapshotId
 from castore.leases import check_not_condemned, is_condemned, writer_lease
 from castore.manifests import leaf_table
@@ -79,12 +78,13 @@ def save_flat(handle: Handle, flat: FlatState, request: SaveRequest, *, progress
             session.remember_bases({chunk_id for leaf in hashed.leaves for chunk_id in leaf.ids})
             meter.finish()
             snapshot_id = _commit(session, request, parent, record, snapshot_id)
+            handle.note_written(snapshot_id, hashed.entries)
         except BaseException:
             session.abort()
             raise
     try:
         if previous is not None:
-            _warn_if_stale(handle.hasher, request, hashed, previous)
+            _warn_if_stale(request, hashed, previous)
     except BaseException as error:  # warnings are errors here, or Ctrl-C struck
         note_moved(error, request.branch, snapshot_id)
         raise
@@ -238,7 +238,8 @@ def _read_parent(handle: Handle, parent: _Parent) -> _Previous | None:
     for snapshot_id in parent.parents:
         with suppress(CastoreError):
             record = read_record(handle.backend, snapshot_id)
-            return _Previous(snapshot_id, record.step, handle.manifests.entries(record))
+            entries = handle.written_entries(snapshot_id) or handle.manifests.entries(record)
+            return _Previous(snapshot_id, record.step, entries)
     return None
 
 
@@ -256,11 +257,11 @@ def _warn_if_tight(handle: Handle, fresh_bytes: int) -> None:
         )
 
 
-def _warn_if_stale(hasher: Hasher, request: SaveRequest, hashed: HashedState, previous: _Previous) -> None:
+def _warn_if_stale(request: SaveRequest, hashed: HashedState, previous: _Previous) -> None:
     """Say so when the step moved and no tensor did: a loop that trains a copy of what it saves has cost people days."""
     if request.step is None or previous.step is None or request.step == previous.step:
         return
-    now, before = _array_digests(hasher, hashed.entries), _array_digests(hasher, previous.entries)
+    now, before = _arrays(hashed.entries), _arrays(previous.entries)
     if now and now == before:
         warnings.warn(
             f"step {request.step}: all {len(now)} tensors are bit for bit those of step {previous.step} (snapshot "
@@ -270,9 +271,9 @@ def _warn_if_stale(hasher: Hasher, request: SaveRequest, hashed: HashedState, pr
         )
 
 
-def _array_digests(hasher: Hasher, entries: Iterable[Entry]) -> dict[str, bytes]:
-    """Path → digest of every array but step counters and the like, which live in the manifest."""
-    return {entry.path: entry_digest(hasher, entry) for entry in entries if entry.chunks and entry.kind in _ARRAYS}
+def _arrays(entries: Iterable[Entry]) -> dict[str, bytes]:
+    """Path → chunk ids of every array but step counters and the like, which live in the manifest."""
+    return {entry.path: entry.chunks for entry in entries if entry.chunks and entry.kind in _ARRAYS}
 
 
 _ARRAYS = frozenset({Kind.TENSOR, Kind.NDARRAY, Kind.STORAGE})

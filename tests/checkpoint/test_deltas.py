@@ -27,10 +27,13 @@ from castore.codec.registry import DERIVED, DIFFERENCES
 from castore.errors import CastoreError, DamageError, RepositoryAccessError, StorageError, UnsupportedFormatError
 from castore.format.identity import state_id
 from castore.format.layout import pack_name, snapshot_name
+from castore.format.manifest import Entry
 from castore.format.pack import RecordKind, Row
+from castore.format.snapshot import SnapshotRecord
 from castore.host_memory import BaseMemory
 from castore.ids import Buffer, ChunkId, PackId
 from castore.maintenance.tables import open_rows
+from castore.manifests import ManifestReader
 from castore.options import DELTA_DEPTH_MAX, GRID_BYTES, Compression, RepositoryOptions
 from castore.snapshots import Snapshot, read_record
 from castore.store import ChunkStore
@@ -210,6 +213,38 @@ def test_a_base_in_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     repo.handle.bases.keep_only(())
     repo.save(dense(4), step=4)
     assert read & set(chunks_of(repo, "main@1", "w"))
+
+
+def test_a_save_reads_what_it_continues_unless_it_is_what_its_handle_wrote_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    repo = new_repo()
+    read: list[SnapshotRecord] = []
+    original = ManifestReader.entries
+
+    def watched(reader: ManifestReader, record: SnapshotRecord) -> list[Entry]:
+        read.append(record)
+        return original(reader, record)
+
+    monkeypatch.setattr(ManifestReader, "entries", watched)
+
+    def save(repo: Repository, step: int, **options: Any) -> int:
+        """How many snapshots are read; every save is a difference."""
+        read.clear()
+        snapshot = repo.save(dense(step), step=step, **options)
+        assert place_of(repo, chunks_of(repo, snapshot.id, "w")[0])[1].chain in DIFFERENCES
+        return len(read) - 1  # chunks_of reads one
+
+    first = repo.save(dense(0), step=0)
+    assert not read
+    assert save(repo, 1) == 0
+    assert save(repo, 2) == 0
+    assert save(repo, 3, branch="fork", parent=first.id) == 1
+    assert save(repo, 4, branch="fork") == 0
+    assert save(repo, 5) == 1, "what was written last is on the other branch"
+    repo.close()
+    assert save(repo, 6) == 1
+    assert save(open_on(repo.handle.backend), 7) == 1
 
 
 def test_a_new_reference_takes_the_memory_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
