@@ -5,12 +5,14 @@ Every process is real. Where one must die at an exact moment, a sitecustomize mo
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import multiprocessing.spawn
 import os
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -60,6 +62,21 @@ def pid_of(repo: Repository) -> int:
     process = repo._worker._process
     assert process is not None
     return process._process.pid
+
+
+def stop_and_save(repo: Repository, steps: tuple[int, ...]) -> list[castore.PendingSave]:
+    """Stop the worker and save these steps; returns when the first of them waits in its socket, unread."""
+    os.kill(pid_of(repo), signal.SIGSTOP)
+    pending = [repo.save_async(dense(step), step=step) for step in steps]
+    assert repo._worker is not None
+    assert repo._worker._process is not None
+    end = repo._worker._process.channel._end
+
+    def unread_bytes() -> int:
+        return int.from_bytes(fcntl.ioctl(end, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+    until(lambda: unread_bytes() > 0)
+    return pending
 
 
 def is_alive(pid: int) -> bool:
@@ -416,8 +433,7 @@ def test_a_worker_that_is_killed_fails_the_save_it_was_writing_and_no_other(tmp_
     with open_worker(tmp_path) as repo:
         first = repo.save_async(dense(0), step=0).result(WAIT_S)
         pid = pid_of(repo)
-        os.kill(pid, signal.SIGSTOP)
-        lost, queued = (repo.save_async(dense(step), step=step) for step in (1, 2))
+        lost, queued = stop_and_save(repo, (1, 2))
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match=r"ended by SIGKILL .* step 1, which is lost; save again") as caught:
             lost.result(WAIT_S)
@@ -493,8 +509,7 @@ def test_a_clock_that_stands_still_does_not_make_a_lost_save_look_committed(tmp_
     handle = Handle(opened.backend, opened.config, clock=lambda: 10**18)
     with Repository(tmp_path / "store", handle, worker_process=True) as repo:
         first = repo.save_async(dense(0), step=0).result(WAIT_S)
-        os.kill(pid_of(repo), signal.SIGSTOP)
-        pending = repo.save_async(dense(1), step=1)
+        (pending,) = stop_and_save(repo, (1,))
         os.kill(pid_of(repo), signal.SIGKILL)
         with pytest.raises(WorkerError, match="is lost") as caught:
             pending.result(WAIT_S)
