@@ -6,22 +6,27 @@ BIN    := $(VENV)/bin
 # castore itself is a path given to pip, so that its sources are used in place
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: help demo test storm lint format bench clean
+.PHONY: help demo test test-lowest storm lint format bench clean
 
 help:
-	@echo "make demo    kill a fine-tuning run in the middle of a save, and resume it bit for bit (under four minutes)"
-	@echo "make test    linters, types, layers, tests"
-	@echo "make storm   the proofs at length: crashes, interleavings, processes killed for minutes (an hour or so)"
-	@echo "make lint    all of that but the tests"
-	@echo "make format  rewrite the sources in the one format"
-	@echo "make bench   measure castore and its peers, and write bench/RESULTS.md"
-	@echo "make clean   remove the environment and everything that was built or run"
+	@echo "make demo         kill a fine-tuning run in the middle of a save, and resume it bit for bit (under four minutes)"
+	@echo "make test         linters, types, layers, tests"
+	@echo "make test-lowest  the tests with the oldest dependencies that are supported (downloads 3 GB)"
+	@echo "make storm        the proofs at length: crashes, interleavings, processes killed for minutes (an hour or so)"
+	@echo "make lint         all of that but the tests"
+	@echo "make format       rewrite the sources in the one format"
+	@echo "make bench        measure castore and its peers, and write bench/RESULTS.md"
+	@echo "make clean        remove the environment and everything that was built or run"
 
 demo: $(VENV)/.demo
 	$(BIN)/python tools/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-lowest: $(VENV)-lowest/.made
+	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest
 
 storm: $(VENV)/.dev
 	CASTORE_TEST_PROFILE=thorough $(BIN)/python -m pytest tests/proof tests/test_damage.py tests/checkpoint/test_kill.py
@@ -41,10 +46,10 @@ bench: $(VENV)/.bench
 
 # ---- environments: one folder, filled as far as a task needs; stamps say what is in it
 
-$(VENV)/.made:
+$(VENV)/.made $(VENV)-lowest/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "castore needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D)
 	@touch $@
 
 $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.toml constraints.txt setup.py $(wildcard castore/*/*.c)
@@ -53,4 +58,4 @@ $(VENV)/.dev $(VENV)/.demo $(VENV)/.bench: $(VENV)/.%: $(VENV)/.made pyproject.t
 	@touch $@
 
 clean:
-	rm -rf castore/*/*.so $(VENV) build dist *.egg-info runs .bench-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf castore/*/*.so $(VENV) $(VENV)-lowest build dist *.egg-info runs .bench-cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -199,7 +199,7 @@ def with_object_hints(value: Any, entry: Entry) -> Any:
     try:
         if hints.get("parameter"):
             return torch.nn.Parameter(value, requires_grad=requires_grad)
-        if "buffer" in hints and hasattr(torch.nn, "Buffer"):  # torch 2.5 and later
+        if "buffer" in hints:
             value = torch.nn.Buffer(value, persistent=bool(hints["buffer"]))
         return value.requires_grad_() if requires_grad else value
     except RuntimeError as error:
