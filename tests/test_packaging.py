@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ SHIPPED = ("castore", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 SAVE_AND_LOAD = """
 import sys
+import tomllib
 sys.modules["torch"] = None  # importing it fails: the core must do without
 import numpy as np, castore
 repo_path, package_root = sys.argv[1:]
@@ -116,11 +118,19 @@ def test_the_metadata_says_what_is_needed(wheel: Path) -> None:
         line.split(">")[0].split("=")[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
     }
     assert required == {"click", "lmdb", "lz4", "msgpack", "numpy", "rich", "xxhash", "zstandard"}
-    assert {"bench", "blake3", "demo", "dev", "parity", "safetensors", "torch"} == set(
-        metadata.get_all("Provides-Extra", [])
-    )
+    assert {"bench", "blake3", "demo", "dev", "parity", "torch"} == set(metadata.get_all("Provides-Extra", []))
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_the_lower_bounds_are_the_versions_that_are_tested() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    ours = (*project["dependencies"], *extras["torch"], *extras["blake3"], *extras["parity"])
+    lines = (PROJECT / "constraints-lowest.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for name, bound in (requirement.split(">=") for requirement in ours):
+        assert tested[name] in {bound, f"{bound}.0"}, name
 
 
 def test_a_clean_environment_saves_and_loads_without_torch(python: Path, tmp_path: Path) -> None:
