@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # castore itself is a path given to pip, so that its sources are used in place
-PIP    := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALL := -m pip install --disable-pip-version-check --quiet --constraint
+PIP    := $(BIN)/python $(INSTALL) constraints.txt
 
 .PHONY: help demo test test-lowest storm lint format bench clean
 
@@ -25,7 +26,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-lowest: $(VENV)-lowest/.made
-	$(VENV)-lowest/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints-lowest.txt --editable '.[dev]'
+	$(VENV)-lowest/bin/python $(INSTALL) constraints-lowest.txt --editable '.[dev]'
 	$(VENV)-lowest/bin/python -m pytest
 
 storm: $(VENV)/.dev

@@ -199,7 +199,8 @@ def with_object_hints(value: Any, entry: Entry) -> Any:
     try:
         if hints.get("parameter"):
             return torch.nn.Parameter(value, requires_grad=requires_grad)
-        if "buffer" in hints:
+        # No bound of ours holds for the torch that a user brings: an old one has none, and its buffers are tensors.
+        if "buffer" in hints and hasattr(torch.nn, "Buffer"):
             value = torch.nn.Buffer(value, persistent=bool(hints["buffer"]))
         return value.requires_grad_() if requires_grad else value
     except RuntimeError as error:

@@ -168,6 +168,14 @@ def test_tensor_subclasses_are_refused_by_name() -> None:
         flatten({"x": torch.zeros(2).as_subclass(Marked)})
 
 
+def test_a_buffer_is_a_tensor_for_a_torch_without_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = Saved([torch.nn.Buffer(torch.ones(2))])
+    monkeypatch.delattr(torch.nn, "Buffer")
+    (loaded,) = saved.load()
+    assert type(loaded) is torch.Tensor
+    assert torch.equal(loaded, torch.ones(2))
+
+
 def test_dtypes_of_other_packages_are_refused() -> None:
     types = pytest.importorskip("ml_dtypes")
     with pytest.raises(UnsupportedLeafError, match="view it as bytes"):
